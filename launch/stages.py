@@ -1,0 +1,119 @@
+"""What each verb does with its config. Heavy imports stay inside, so that a wrong word is answered at once."""
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from launch.arguments import Arguments
+from launch.compose import parse_overrides
+from launch.config import LayerloomConfig
+from launch.validate import validate
+
+
+def prepare(config: LayerloomConfig, verb: str) -> None:
+    """Checks the config and sets this process up: threads, and no chatter from libraries."""
+    # Read when the libraries are imported, which some rules do. A bar for every file that `datasets` opens would drown
+    # the stage's own.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    validate(config, verb)
+    import torch
+
+    from activation_store.device import resolve_device
+
+    resolve_device(config.device)
+    torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
+
+
+def harvest(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom harvest`."""
+    prepare(config, "harvest")
+    from activation_store.harvest import harvest as run_harvest
+
+    run_harvest(config.subject, config.text, config.store, device=config.device)
+    return 0
+
+
+def train(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom train`."""
+    config = _continued(config, arguments)
+    prepare(config, "train")
+    from trainer.train import train as run_train
+
+    run_train(config)
+    return 0
+
+
+def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig:
+    """`layerloom train run=DIR [train.fresh=true]` and no more about the run: its own settings are taken."""
+    from trainer.run_folder import RunFolder, load_config
+
+    words = parse_overrides(arguments.overrides)
+    keys = [str(word.key_or_group) for word in words]
+    about_this_call = all(
+        key in ("device", "train.fresh") or key.split(".")[0] in ("run", "log", "launch") for key in keys
+    )
+    if "run" not in keys or not about_this_call or not RunFolder(config.run).exists():
+        return config
+    there = load_config(config.run)
+    kept = {field.name: getattr(there, field.name) for field in fields(there)}
+    told: dict[str, Any] = {"run": config.run, "device": config.device if "device" in keys else there.device}
+    if any(key.split(".")[0] == "log" for key in keys):
+        told["log"] = config.log
+    if "train.fresh" in keys:
+        told["train"] = replace(there.train, fresh=config.train.fresh)
+    return replace(config, **{**kept, **told})
+
+
+def evaluate(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom evaluate`."""
+    prepare(config, "evaluate")
+    from trainer.evaluation.evaluate import evaluate as run_evaluate
+
+    run_evaluate(Path(config.run), config.eval, device=config.device)
+    return 0
+
+
+def publish(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom publish`."""
+    prepare(config, "publish")
+    from trainer.publish.export import publish as run_publish
+
+    run_publish(Path(config.run), Path(config.output), config.publish, device=config.device)
+    return 0
+
+
+def store(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom store info | verify`."""
+    from activation_store.progress import human_bytes
+    from activation_store.verify import store_info, verify_store
+
+    folder = Path(arguments.folder or config.store.path)
+    if arguments.action == "info":
+        print(store_info(folder))
+        return 0
+    found = verify_store(folder)
+    size = human_bytes(found.bytes)
+    for line in found.damaged:
+        print(f"damaged: {line}")
+    print(
+        f"{folder}: {found.files} files, {size}, " + (f"{len(found.damaged)} damaged" if found.damaged else "no damage")
+    )
+    return 0 if found.ok else 1
+
+
+def sweep(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom sweep`."""
+    from launch.sweep import run_sweep
+
+    return run_sweep(config, arguments)
+
+
+def demo(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom demo`."""
+    prepare(config, "demo")
+    from launch.demo import run_demo
+
+    run_demo(config)
+    return 0

@@ -1,0 +1,80 @@
+"""The verbs: what each does, which groups and keys it reads, and the function that carries it out (imported lazily)."""
+
+from dataclasses import dataclass
+
+_TRAIN_GROUPS = (
+    "subject",
+    "text",
+    "store",
+    "source",
+    "model",
+    "activation",
+    "optim",
+    "schedule",
+    "train",
+    "parallel",
+    "engine",
+    "kernels",
+    "log",
+)
+STORE_ACTIONS = ("info", "verify")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`handler` names a function of `launch.stages`. A strict verb refuses overrides of what it would not read."""
+
+    summary: str
+    groups: tuple[str, ...]
+    keys: tuple[str, ...]
+    handler: str
+    strict: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "harvest": Verb(
+        "runs the subject over text and writes its activations to a zarr store",
+        ("subject", "text", "store", "launch", "preset"),
+        ("device",),
+        "harvest",
+    ),
+    "train": Verb(
+        "trains a transcoder on a store; a run that was stopped continues",
+        (*_TRAIN_GROUPS, "launch", "preset"),
+        ("run", "device"),
+        "train",
+    ),
+    "evaluate": Verb(
+        "measures a run on held-out documents (its other settings come from the run's config.yaml)",
+        ("eval", "launch", "preset"),
+        ("run", "device"),
+        "evaluate",
+        strict=True,
+    ),
+    "publish": Verb(
+        "writes a run as a folder that circuit-tracer loads, checks it and adds a model card",
+        ("publish", "launch", "preset"),
+        ("run", "output", "device"),
+        "publish",
+        strict=True,
+    ),
+    "sweep": Verb(
+        "trains a grid of runs on one store and writes one table of the results",
+        (*_TRAIN_GROUPS, "eval", "launch", "sweep", "preset"),
+        ("output", "device"),
+        "sweep",
+    ),
+    "store": Verb(
+        "looks at a store: `store info FOLDER` describes it, `store verify FOLDER` checks every byte",
+        ("store",),
+        (),
+        "store",
+        strict=True,
+    ),
+    "demo": Verb(
+        "harvest, train, evaluate and publish in one go; stages that are done are skipped",
+        (*_TRAIN_GROUPS, "eval", "publish", "launch", "preset"),
+        ("run", "output", "device"),
+        "demo",
+    ),
+}

@@ -1,0 +1,43 @@
+"""Settings and fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Read when transformers, datasets and wandb are imported: no test talks to a network.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.job import Job
+
+# Tests share a few cores with one another; sums are then in one order as well.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers and d_model 16, with a tokenizer that adds BOS. Read only."""
+    # Imported here, for tests/gpu run where only torch, triton, numpy and pytest are installed.
+    from tests.tiny import tiny_subject_folder
+
+    return tiny_subject_folder(tmp_path_factory.mktemp("subject") / "tiny", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 .txt documents of 3 to 40 sentences. Read only."""
+    from tests.tiny import tiny_text_folder
+
+    return tiny_text_folder(tmp_path_factory.mktemp("text") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: Path) -> "Job":
+    """A store, a run and a published folder, made once by the command itself. Read only."""
+    from tests.job import run_job
+
+    return run_job(tmp_path_factory.mktemp("job"), tiny_llama, tiny_text)

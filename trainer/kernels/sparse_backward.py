@@ -1,0 +1,81 @@
+"""sparse_backward: gradients of the active values, of decoder and encoder rows, and of biases.
+
+Legend: B tokens, F features, C columns of a row, N entries.
+"""
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.build_csc import FeatureIndex
+from trainer.kernels.row_sums import add_row_sums, csr_matrix
+
+# Values of the gradient in one block of dots: 4 MiB of fp32, which stays in cache.
+_BLOCK_VALUES = 2**20
+
+
+def value_gradients(
+    grad_BC: Tensor,
+    rows_FC: Tensor,
+    offsets: Tensor,
+    feature_ids_N: Tensor,
+    tokens_N: Tensor,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """(N): grad[token] . row[feature] for every entry, without an (N, C) temporary."""
+    if feature_ids_N.numel() == 0:
+        return grad_BC.new_zeros(0)
+    rows_FC = rows_FC.to(compute_dtype)
+    if grad_BC.device.type == "cpu" and compute_dtype in {torch.float32, torch.float64}:
+        return _sampled_products(grad_BC.to(compute_dtype), rows_FC, offsets, feature_ids_N)
+    # What autograd of embedding_bag calls; sampled products exist neither in 16 bit nor on every device.
+    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_BC.to(compute_dtype), rows_FC, feature_ids_N, offsets[:-1], tokens_N, 0
+    )
+    return dots_N.to(grad_BC.dtype)
+
+
+def _sampled_products(grad_BC: Tensor, rows_FC: Tensor, offsets: Tensor, feature_ids_N: Tensor) -> Tensor:
+    """(grad rows^T) at the entries of a CSR pattern, a few MiB of gradients at a time.
+
+    The product wants contiguous gradients; copying all of a strided view at once would cost more than the dots.
+    """
+    step = max(1, _BLOCK_VALUES // grad_BC.shape[1])
+    starts = [*range(0, grad_BC.shape[0], step), grad_BC.shape[0]]
+    entries = offsets[torch.tensor(starts)].tolist()
+    dots_N = grad_BC.new_zeros(feature_ids_N.numel())
+    for block in range(len(starts) - 1):
+        tokens, part = slice(starts[block], starts[block + 1]), slice(entries[block], entries[block + 1])
+        if part.start == part.stop:
+            continue
+        block_offsets = offsets[tokens.start : tokens.stop + 1] - part.start
+        pattern = csr_matrix(block_offsets, feature_ids_N[part], dots_N[part], rows_FC.shape[0])
+        sampled: Tensor = torch.sparse.sampled_addmm(pattern, grad_BC[tokens].contiguous(), rows_FC.t(), beta=0.0)
+        dots_N[part] = sampled.values()
+    return dots_N
+
+
+def row_gradients(
+    index: FeatureIndex,
+    weights_N: Tensor,
+    tokens_BC: Tensor,
+    compute_dtype: torch.dtype,
+    *,
+    out_FC: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """(F, C): sum over the tokens of each feature of weight * tokens[token]; weights in token-major order.
+
+    With `out_FC` the sums are written there (or added, with `accumulate`).
+    """
+    if out_FC is None:
+        out_FC = tokens_BC.new_empty(index.offsets.numel() - 1, tokens_BC.shape[1])
+    weights_N = weights_N[index.order_N]
+    add_row_sums(out_FC, index.offsets, index.tokens_N, weights_N, tokens_BC.to(compute_dtype), accumulate=accumulate)
+    return out_FC
+
+
+def feature_sums(index: FeatureIndex, weights_N: Tensor) -> Tensor:
+    """(F): sum of the weights of each feature, in order of tokens (biases, thresholds, norms)."""
+    if weights_N.numel() == 0:
+        return weights_N.new_zeros(index.offsets.numel() - 1)
+    return torch.segment_reduce(weights_N[index.order_N], "sum", offsets=index.offsets, initial=0)

@@ -1,0 +1,174 @@
+"""metrics.jsonl, and the same numbers to Weights & Biases when asked for.
+
+A line is written for every `train.log_every`-th step and for every evaluation; docs/train.md defines the keys. After a
+resume the file holds each step once: lines beyond the checkpoint's step are cut off.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from activation_store.atomic import read_json, write_bytes, write_json
+from activation_store.progress import report
+from activation_store.shuffle import ActivationBatch
+from trainer.config import LogConfig, RunConfig, WandbMode
+from trainer.loss import StepContext
+from trainer.model.clt import CrossLayerTranscoder
+from trainer.parallel.engine import BatchLoss
+from trainer.run_folder import RunFolder, config_to_dict
+
+
+@torch.no_grad()
+def training_record(
+    step: int,
+    batch: ActivationBatch,
+    loss: BatchLoss,
+    *,
+    tokens: int,
+    epochs: float,
+    lr: float,
+    grad_norm: float,
+    context: StepContext,
+    model: CrossLayerTranscoder,
+) -> dict[str, Any]:
+    """The line of a training step: everything in it is of this one batch, nothing is averaged over steps.
+
+    `fvu` is by the training rule, in raw units, centred per layer and dimension on this batch, mean over layers.
+    """
+    assert loss.residual_L is not None
+    out_BLD = batch.mlp_out
+    centred_L = (out_BLD - out_BLD.mean(dim=0)).square_().sum(dim=2).sum(dim=0).to(loss.residual_L)
+    fvu_L = loss.residual_L / centred_L
+    dead_LF = model.tokens_since_active_LF >= context.dead_after_tokens
+    record: dict[str, Any] = {
+        "step": step,
+        "tokens": tokens,
+        "epoch": batch.epoch,
+        "epochs": epochs,
+        "lr": lr,
+        "loss": loss.total.item(),
+        "mse": loss.mse.item(),
+        "penalty": loss.penalty.item(),
+        "auxk": loss.auxk.item(),
+        "pre_act": loss.pre_act.item(),
+        "fvu": fvu_L.mean().item(),
+        "fvu_per_layer": fvu_L.tolist(),
+        "l0": loss.l0_L.sum().item(),
+        "l0_per_layer": loss.l0_L.tolist(),
+        "grad_norm": grad_norm,
+        "dead_fraction": dead_LF.float().mean().item(),
+    }
+    if model.spec.is_topk:
+        record["k"] = context.k
+    else:
+        record["penalty_scale"] = context.penalty_scale
+    return record
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, up to the first line that is not whole (a kill may cut the last one)."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        yield record
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Rewrites a metrics file, atomically, without what lies beyond `step` or is not whole."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    if path.is_file():
+        write_bytes(path, b"".join(_line(record) for record in kept))
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` and forwards them to wandb."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, *, resumed_from: int) -> None:
+        """Cuts what lies beyond `resumed_from` and opens the file; wandb continues the run it had in this folder."""
+        cut_after(folder.metrics_file, resumed_from)
+        self._file = folder.metrics_file.open("ab")
+        self._wandb = _start_wandb(folder, config) if config.log.wandb is not WandbMode.disabled else None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()  # tries again to write what a full disk did not take
+        finally:
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record, which must have `step`. A number that is not finite becomes null."""
+        self._file.write(_line(record))
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(_flat(record), step=record["step"])
+
+    def sync(self) -> None:
+        """Makes what was written durable; called before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """wandb's keys: nested ones joined by `/`, lists by index."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list | tuple):
+            flat |= {f"{prefix}{key}/{index:02d}": item for index, item in enumerate(value)}
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _start_wandb(folder: RunFolder, config: RunConfig) -> Any:
+    """Starts or continues the wandb run whose id the run folder keeps."""
+    import wandb  # heavy, and not wanted by most runs
+
+    log: LogConfig = config.log
+    run_id = read_json(folder.wandb_file)["id"] if folder.wandb_file.is_file() else secrets.token_hex(4)
+    write_json(folder.wandb_file, {"id": run_id, "project": log.project})
+    run = wandb.init(
+        project=log.project,
+        name=log.name or folder.path.name,
+        id=run_id,
+        # Steps that wandb has already are dropped by it when they come again, and they come again bit for bit.
+        resume="allow",
+        mode=log.wandb.value,
+        dir=str(folder.path),
+        config=config_to_dict(config),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    where = run.url if log.wandb is WandbMode.online else f"{folder.path}/wandb (upload it with `wandb sync`)"
+    report(f"wandb: {where}")
+    return run

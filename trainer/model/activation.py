@@ -1,0 +1,114 @@
+"""Selection: which entries (token, feature) of each source layer are active under the training rule.
+
+Only entries with pre > 0 are candidates; a = pre where selected, else 0. Score: pre, or pre times the decoder norm.
+
+    relu       pre > 0
+    jumprelu   pre > theta (and the band |pre - theta| < eps / 2, of value 0 where inactive, for theta's gradient)
+    topk       per token the k largest scores of a layer, or the k * L largest over all layers
+    batchtopk  the k * B largest of a layer, or the k * L * B largest over all layers, over the microbatch
+
+Ties: the smallest (token, layer, feature). Layers are encoded one at a time; selection over all layers keeps the best
+entries so far, which is exact because the order is total.
+
+Legend: B tokens, L layers, F features, K = k * L entries of a token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.kernels.batch_threshold import Candidates
+from trainer.kernels.encode_topk import Selection
+from trainer.kernels.selection import topk_rows
+from trainer.model.functions import Runtime
+from trainer.model.layer import SourceLayer
+
+
+def select_layer(
+    kind: str,
+    layer: SourceLayer,
+    x_BD: Tensor,
+    k: int,
+    norm_F: Tensor | None,
+    max_density: float,
+    runtime: Runtime,
+) -> Selection | None:
+    """Selection within one layer by the rule `kind`; None: relu or jumprelu with a share above `max_density`."""
+    if kind == "topk":
+        return layer.select_topk(x_BD, k, norm_F, runtime)
+    if kind == "batchtopk":
+        n_tokens = x_BD.shape[0]
+        found = layer.select_candidates(x_BD, k * n_tokens, float("-inf"), norm_F, runtime)
+        return _as_selection(found, n_tokens, layer.spec.n_features)
+    if layer.log_threshold is not None:
+        theta_F = layer.log_threshold.detach().exp()
+        bandwidth = layer.spec.bandwidth if torch.is_grad_enabled() else 0.0
+        return layer.select_above(x_BD, theta_F, bandwidth, max_density, runtime)
+    return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
+
+
+def select_all_layers(
+    kind: str, layers: Sequence[SourceLayer], x_BLD: Tensor, k: int, norms: Sequence[Tensor | None], runtime: Runtime
+) -> list[Selection]:
+    """Selection with one budget over all layers."""
+    if kind == "topk":
+        return _topk_over_layers(layers, x_BLD, k * len(layers), norms, runtime)
+    return _batchtopk_over_layers(layers, x_BLD, k * len(layers), norms, runtime)
+
+
+def _batchtopk_over_layers(
+    layers: Sequence[SourceLayer], x_BLD: Tensor, k_total: int, norms: Sequence[Tensor | None], runtime: Runtime
+) -> list[Selection]:
+    n_tokens, n_features, n = x_BLD.shape[0], layers[0].spec.n_features, k_total * x_BLD.shape[0]
+    best: list[Candidates] = []
+    floor = float("-inf")
+    for s, layer in enumerate(layers):
+        best.append(layer.select_candidates(x_BLD[:, s], n, floor, norms[s], runtime))
+        if sum(found.scores.numel() for found in best) > n:
+            masks = runtime.kernels.batch_threshold(best, n, n_features)
+            best = [found.keep(mask) for found, mask in zip(best, masks, strict=True)]
+            floor = min(float(found.scores.min()) for found in best if found.scores.numel())
+    return [_as_selection(found, n_tokens, n_features) for found in best]
+
+
+def _as_selection(found: Candidates, n_tokens: int, n_features: int) -> Selection:
+    counts_B = torch.bincount(found.positions // n_features, minlength=n_tokens)
+    return Selection(functional.pad(counts_B.cumsum(0), (1, 0)), found.positions % n_features, found.values)
+
+
+def _topk_over_layers(
+    layers: Sequence[SourceLayer], x_BLD: Tensor, k_total: int, norms: Sequence[Tensor | None], runtime: Runtime
+) -> list[Selection]:
+    n_tokens = x_BLD.shape[0]
+    scores_BK = x_BLD.new_zeros(n_tokens, 0)
+    values_BK, places_BK = scores_BK, torch.zeros(n_tokens, 0, dtype=torch.int64, device=x_BLD.device)
+    n_features = layers[0].spec.n_features
+    for s, layer in enumerate(layers):
+        found = layer.select_topk(x_BLD[:, s], min(k_total, n_features), norms[s], runtime)
+        width = min(k_total, n_features)
+        scores_N = found.values if norms[s] is None else found.values * norms[s][found.feature_ids]  # type: ignore[index]
+        # Columns stay in order of (layer, feature), so that the tie rule of topk_rows is that of the contract.
+        scores_BK = torch.cat([scores_BK, _padded(found, scores_N, width, float("-inf"))], dim=1)
+        values_BK = torch.cat([values_BK, _padded(found, found.values, width, 0.0)], dim=1)
+        places_BK = torch.cat([places_BK, _padded(found, found.feature_ids + s * n_features, width, -1)], dim=1)
+        columns_BK = topk_rows(scores_BK, k_total, floor=float("-inf"))
+        scores_BK, values_BK, places_BK = (t.gather(1, columns_BK) for t in (scores_BK, values_BK, places_BK))
+    return [_layer_part(places_BK, values_BK, s, n_features) for s in range(len(layers))]
+
+
+def _padded(found: Selection, entries_N: Tensor, width: int, fill: float) -> Tensor:
+    """(B, width) table of a selection's entries, in order, filled up on the right."""
+    n_tokens = found.offsets.numel() - 1
+    if entries_N.numel() == n_tokens * width:
+        return entries_N.view(n_tokens, width)
+    filled_BW = torch.arange(width, device=entries_N.device) < found.offsets.diff()[:, None]
+    return entries_N.new_full((n_tokens, width), fill).masked_scatter(filled_BW, entries_N)
+
+
+def _layer_part(places_BK: Tensor, values_BK: Tensor, s: int, n_features: int) -> Selection:
+    """The entries of layer s of a table of places = layer * F + feature."""
+    mine_BK = (places_BK >= s * n_features) & (places_BK < (s + 1) * n_features)
+    offsets = functional.pad(mine_BK.sum(dim=1).cumsum(0), (1, 0))
+    return Selection(offsets, places_BK[mine_BK] - s * n_features, values_BK[mine_BK])

@@ -1,0 +1,165 @@
+"""One source layer: its parameters, and every use of them.
+
+Legend: B tokens, D d_model, F features, T target layers, s (span) targets of this source.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.kernels.batch_threshold import Candidates
+from trainer.kernels.encode_topk import Selection, pre_activations
+from trainer.model.collectives import Partition
+from trainer.model.dense import DenseLayer, DenseOutput
+from trainer.model.features import LayerCodes
+from trainer.model.functions import DecodeInto, EncodeValues, Runtime, SquaredNorms
+from trainer.model.spec import ModelSpec
+
+
+class SourceLayer(nn.Module):
+    """Features that read layer `index` and write to the layers `targets`.
+
+    Parameters: W_enc (F, D), b_enc (F), W_dec (F, span, D), b_dec (D) of target layer `index`; jumprelu: log_threshold
+    (F); skip: W_skip (D, D). Each has an attribute `partition`. Every use goes through `forward`, so that hooks
+    which gather parameters (FSDP, ZeRO-3) see it.
+    """
+
+    log_threshold: nn.Parameter | None
+    W_skip: nn.Parameter | None
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        super().__init__()
+        n_features, d_model = spec.n_features, spec.d_model
+        self.spec, self.index, self.targets = spec, index, spec.targets(index)
+        self.W_enc = _parameter(Partition(feature_dim=0), n_features, d_model)
+        self.b_enc = _parameter(Partition(feature_dim=0), n_features)
+        self.W_dec = _parameter(Partition(feature_dim=0, column_dim=2), n_features, len(self.targets), d_model)
+        self.b_dec = _parameter(Partition(column_dim=0), d_model)
+        jumprelu = spec.kind == "jumprelu"
+        self.log_threshold = _parameter(Partition(feature_dim=0), n_features) if jumprelu else None
+        self.W_skip = _parameter(Partition(column_dim=0), d_model, d_model) if spec.skip else None
+
+    def forward(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """Run one of the operations below."""
+        return operation(*args)
+
+    def pre_activations(self, x_BD: Tensor, runtime: Runtime) -> Tensor:
+        """(B, F) pre-activations of scaled inputs; no gradient."""
+        with torch.no_grad():
+            pre_BF: Tensor = self(pre_activations, x_BD, self.W_enc, self.b_enc, runtime.compute_dtype)
+        return pre_BF
+
+    def squared_norms(self, runtime: Runtime) -> Tensor:
+        """(F) squared decoder norms over all targets (of the columns that this device holds)."""
+        squares_F: Tensor = self(SquaredNorms.apply, self.W_dec, runtime)
+        return squares_F
+
+    @torch.no_grad()
+    def select_topk(self, x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime) -> Selection:
+        """The k best features of each token."""
+        found: Selection = self(
+            runtime.kernels.encode_topk, x_BD, self.W_enc, self.b_enc, k, norm_F, runtime.compute_dtype
+        )
+        return found
+
+    @torch.no_grad()
+    def select_candidates(
+        self, x_BD: Tensor, n: int, floor: float, norm_F: Tensor | None, runtime: Runtime
+    ) -> Candidates:
+        """The n best entries of the microbatch."""
+        found: Candidates = self(
+            runtime.kernels.encode_candidates, x_BD, self.W_enc, self.b_enc, n, floor, norm_F, runtime.compute_dtype
+        )
+        return found
+
+    @torch.no_grad()
+    def select_above(
+        self, x_BD: Tensor, theta_F: Tensor | float, bandwidth: float, max_density: float, runtime: Runtime
+    ) -> Selection | None:
+        """Entries above theta or in its band; None when there are too many."""
+        found: Selection | None = self(
+            runtime.kernels.encode_jumprelu,
+            x_BD,
+            self.W_enc,
+            self.b_enc,
+            theta_F,
+            bandwidth,
+            runtime.compute_dtype,
+            max_density,
+        )
+        return found
+
+    @torch.no_grad()
+    def select_auxiliary(self, x_BD: Tensor, dead_F: Tensor, k: int, runtime: Runtime) -> Selection:
+        """The k largest positive pre-activations of each token among the dead features."""
+        return self(self._select_auxiliary, x_BD, dead_F.nonzero()[:, 0], k, runtime)  # type: ignore[no-any-return]
+
+    def _select_auxiliary(self, x_BD: Tensor, dead: Tensor, k: int, runtime: Runtime) -> Selection:
+        found = runtime.kernels.encode_topk(
+            x_BD, self.W_enc[dead], self.b_enc[dead], min(k, dead.numel()), None, runtime.compute_dtype
+        )
+        return Selection(found.offsets, dead[found.feature_ids], found.values)
+
+    def attach(
+        self, selection: Selection, x_BD: Tensor, runtime: Runtime, *, gated: bool = True
+    ) -> tuple[LayerCodes, Tensor]:
+        """Codes whose values carry the encoder's gradient, and the number of active entries (with theta's gradient).
+
+        gated=False ignores the threshold of jumprelu (auxiliary codes of dead features).
+        """
+        codes = LayerCodes(selection.offsets, selection.feature_ids, selection.values, self.W_enc.shape[0])
+        log_threshold = self.log_threshold if gated else None
+        values_N, count = self(
+            EncodeValues.apply,
+            self.W_enc,
+            self.b_enc,
+            log_threshold,
+            x_BD,
+            codes,
+            self.spec.bandwidth,
+            runtime,
+        )
+        return codes.with_values(values_N), count
+
+    def decode_into(
+        self, y_BTD: Tensor, codes: LayerCodes, x_BD: Tensor | None, runtime: Runtime, *, bias: bool = True
+    ) -> Tensor:
+        """y with this layer's contributions added in place (b_dec and W_skip too, unless bias=False)."""
+        b_dec, W_skip = (self.b_dec, self.W_skip) if bias else (None, None)
+        if W_skip is not None and x_BD is None:
+            raise ValueError(
+                "a transcoder with skip decodes features together with mlp_in; give decode(features, mlp_in)"
+            )
+        y: Tensor = self(
+            DecodeInto.apply, y_BTD, codes.values, self.W_dec, b_dec, W_skip, x_BD, codes, self.targets, runtime
+        )
+        return y
+
+    def dense_into(self, y_BTD: Tensor, x_BD: Tensor, norm_F: Tensor | None, c: float, runtime: Runtime) -> DenseOutput:
+        """relu, jumprelu: encode, activate and decode without sparse codes."""
+        bandwidth = self.spec.bandwidth if self.log_threshold is not None else 0.0
+        outputs = self(
+            DenseLayer.apply,
+            y_BTD,
+            x_BD,
+            self.W_enc,
+            self.b_enc,
+            self.log_threshold,
+            self.W_dec,
+            self.b_dec,
+            self.W_skip,
+            norm_F,
+            c,
+            self.targets,
+            bandwidth,
+            runtime,
+        )
+        return DenseOutput(*outputs)
+
+
+def _parameter(partition: Partition, *shape: int) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(*shape))
+    parameter.partition = partition  # type: ignore[attr-defined]
+    return parameter

@@ -1,0 +1,53 @@
+"""Stops at the first loss or gradient that is not finite, before it reaches a parameter, and says where it began."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from activation_store.errors import UserError
+from activation_store.shuffle import ActivationBatch
+from trainer.model.clt import CrossLayerTranscoder
+from trainer.parallel.engine import BatchLoss, Engine
+
+
+def check_finite(
+    loss: BatchLoss, engine: Engine, model: CrossLayerTranscoder, batch: ActivationBatch, *, step: int, resume: str
+) -> float:
+    """The gradients' norm, if it and the loss are finite.
+
+    Raises UserError naming the step, the first layer at fault, and `resume` (from where and how). One transfer from the
+    device decides.
+    """
+    norm = engine.gradient_norm()
+    loss_value, norm_value = torch.stack([loss.total.double(), norm.to(loss.total.device)]).tolist()
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        return float(norm_value)
+    what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradients' norm is {norm_value}"
+    raise UserError(
+        f"{what} at step {step}, first in {_first_layer(loss, model, batch)}; nothing of this step was saved: "
+        f"{resume}, or start over with a lower optim.lr (train.fresh=true)"
+    )
+
+
+@torch.no_grad()
+def _first_layer(loss: BatchLoss, model: CrossLayerTranscoder, batch: ActivationBatch) -> str:
+    """Where the first number that is not finite is found: rows, pre-activations, reconstruction, gradients."""
+    device = model.threshold_LF.device
+    for layer in range(model.spec.n_layers):
+        mlp_in_BD = batch.mlp_in[:, layer].to(device)
+        if not (_finite(mlp_in_BD) and _finite(batch.mlp_out[:, layer])):
+            return f"layer {layer} (the store's activations)"
+        if not _finite(model.pre_activations(layer, mlp_in_BD)):
+            return f"layer {layer} (its pre-activations)"
+        if not _finite(loss.mse_L[layer]):
+            return f"layer {layer} (its reconstruction)"
+    for layer, source in enumerate(model.source_layers):
+        for name, parameter in source.named_parameters():
+            if parameter.grad is not None and not _finite(parameter.grad):
+                return f"layer {layer} (the gradient of {name})"
+    return "no single layer (a penalty, or a norm too large for float32)"
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())

@@ -1,0 +1,102 @@
+"""What a bit-exact resume depends on besides the checkpoint's tensors: generators, versions, threads, hardware."""
+
+import base64
+import os
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+_PACKAGES = ("torch", "numpy", "zarr", "safetensors", "layerloom")
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global generator, as JSON values."""
+    kind, words, position, has_gauss, cached = np.random.get_state(legacy=True)
+    py_version, py_words, py_gauss = random.getstate()
+    return {
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "numpy": [kind, np.asarray(words).tolist(), int(position), int(has_gauss), float(cached)],
+        "python": [py_version, list(py_words), py_gauss],
+    }
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Puts back what `rng_state` gave. CUDA generators are restored where as many devices are there."""
+    torch.set_rng_state(_decode(state["torch"]))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decode(each) for each in state["cuda"]])
+    kind, words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(words, dtype=np.uint32), position, has_gauss, cached))
+    py_version, py_words, py_gauss = state["python"]
+    random.setstate((py_version, tuple(py_words), py_gauss))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, thread count and hardware: bit-exactness is promised only where these are the same."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"versions": versions, "threads": torch.get_num_threads(), "device": device.type, "hardware": hardware}
+
+
+def environment_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One phrase a difference, such as `threads: 2 then, 4 now`."""
+    then, now = ({**each, **each["versions"]} for each in (old, new))
+    names = [name for name in {**then, **now} if name != "versions" and then.get(name) != now.get(name)]
+    return [f"{name}: {then.get(name)} then, {now.get(name)} now" for name in names]
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, asks for deterministic kernels (a warning where there is none); the CPU's are."""
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads this when its handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

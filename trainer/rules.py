@@ -1,0 +1,192 @@
+"""Rules of a run's config that need nothing but the config: checked before anything is read or written.
+
+Pure and light to import; `launch.validate`, `layerloom train` and preflight all call `check_run_config`.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+from activation_store.errors import UserError
+from trainer.config import ActivationKind, DecoderInit, RunConfig, Score
+
+_TOP_K_KINDS = (ActivationKind.topk, ActivationKind.batchtopk)
+
+
+def check_run_config(config: RunConfig) -> None:
+    """Raises UserError with the first rule that `config` breaks: what was given, what is wanted, what to do."""
+    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_parallel, _model, _activation, _optim, _train)
+    problem = next(chain.from_iterable(rule(config) for rule in rules), None)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    for axis in ("data", "feature"):
+        size = getattr(config.parallel, axis)
+        if size != 1:
+            yield f"parallel.{axis}={size}: this version trains on one device; use parallel.{axis}=1"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model, store = config.model, config.store
+    if model.n_features < 1:
+        yield f"model.n_features={model.n_features} must be at least 1"
+    if model.encoder_init_scale <= 0:
+        yield f"model.encoder_init_scale={model.encoder_init_scale} must be greater than 0; 1.0 is the default"
+    if model.initial_density is not None and not 0 < model.initial_density < 1:
+        yield f"model.initial_density={model.initial_density} must lie between 0 and 1, or be null for b_enc = 0"
+    if store.layer_stop is not None and store.layer_stop <= store.layer_start:
+        yield (
+            f"store.layer_stop={store.layer_stop} must be greater than store.layer_start={store.layer_start}; "
+            "null means up to the last layer"
+        )
+
+
+def _activation(config: RunConfig) -> Iterator[str]:
+    activation = config.activation
+    if activation.kind in _TOP_K_KINDS:
+        yield from _top_k(config)
+    if activation.kind is ActivationKind.topk:
+        yield from _per_token_top_k(config)
+    if activation.kind is ActivationKind.jumprelu:
+        for name in ("threshold_init", "bandwidth"):
+            value = getattr(activation, name)
+            if value <= 0:
+                yield f"activation.{name}={value} must be greater than 0"
+    yield from _penalties(config)
+    yield from _dead_features(config)
+    for name in ("k_anneal_fraction", "per_token_fraction", "penalty_ramp_fraction"):
+        value = getattr(activation, name)
+        if not 0 <= value <= 1:
+            yield f"activation.{name}={value} must lie in [0, 1]: it is a share of the run's steps"
+    for name in ("auxk_coefficient", "pre_act_lambda", "tanh_lambda", "l0_lambda"):
+        value = getattr(activation, name)
+        if value < 0:
+            yield f"activation.{name}={value} must not be negative; 0 switches it off"
+    if activation.calibration_tokens < 1:
+        yield f"activation.calibration_tokens={activation.calibration_tokens} must be at least 1"
+    if not 0 <= activation.threshold_decay < 1:
+        yield f"activation.threshold_decay={activation.threshold_decay} must lie in [0, 1)"
+
+
+def _per_token_top_k(config: RunConfig) -> Iterator[str]:
+    activation = config.activation
+    if activation.pre_act_lambda != 0:
+        yield (
+            f"activation.pre_act_lambda={activation.pre_act_lambda} has no threshold to refer to with "
+            "activation.kind=topk; use 0 (AuxK revives dead features), or batchtopk, jumprelu or relu"
+        )
+    if activation.per_token_fraction != 0:
+        yield (
+            f"activation.per_token_fraction={activation.per_token_fraction} is for batchtopk; topk always selects per "
+            "token: use 0, or activation=topk"
+        )
+
+
+def _dead_features(config: RunConfig) -> Iterator[str]:
+    activation = config.activation
+    if activation.auxk_coefficient > 0 and activation.auxk_k < 1:
+        yield f"activation.auxk_k={activation.auxk_k} must be at least 1; activation.auxk_coefficient=0 is off"
+    if activation.dead_after_tokens is not None and activation.dead_after_tokens < 1:
+        yield f"activation.dead_after_tokens={activation.dead_after_tokens} must be at least 1, or null"
+
+
+def _top_k(config: RunConfig) -> Iterator[str]:
+    activation, n_features = config.activation, config.model.n_features
+    if activation.score is Score.decoder_norm and config.model.decoder_init is DecoderInit.zeros:
+        yield (
+            "model.decoder_init=zeros makes every score 0 with activation.score=decoder_norm; use "
+            "model.decoder_init=uniform, or activation.score=activation"
+        )
+    if not 1 <= activation.k <= n_features:
+        yield (
+            f"activation.k={activation.k} must lie between 1 and model.n_features={n_features}; "
+            "lower k or raise n_features"
+        )
+    if activation.k_start and not activation.k <= activation.k_start <= n_features:
+        yield (
+            f"activation.k_start={activation.k_start} must lie between activation.k={activation.k} and "
+            f"model.n_features={n_features}; 0 keeps k constant"
+        )
+    if activation.k_start > activation.k and activation.k_anneal_fraction == 0:
+        yield (
+            f"activation.k_start={activation.k_start} has no effect with activation.k_anneal_fraction=0; "
+            "give the share of the steps over which k falls, such as 0.2"
+        )
+
+
+def _penalties(config: RunConfig) -> Iterator[str]:
+    activation = config.activation
+    if activation.tanh_lambda and activation.kind in _TOP_K_KINDS:
+        yield (
+            f"activation.tanh_lambda={activation.tanh_lambda} is for relu and jumprelu; "
+            f"{activation.kind} sets its sparsity by activation.k: use 0"
+        )
+    if activation.l0_lambda and activation.kind is not ActivationKind.jumprelu:
+        yield f"activation.l0_lambda={activation.l0_lambda} is for jumprelu, not {activation.kind}: use 0"
+    if activation.l0_target and not activation.l0_lambda:
+        yield (
+            f"activation.l0_target={activation.l0_target} has no effect with activation.l0_lambda=0; give the "
+            "coefficient of its penalty, such as 0.001, or use activation.l0_target=0"
+        )
+    if activation.l0_lambda and activation.l0_target <= 0:
+        yield (
+            f"activation.l0_target={activation.l0_target} must be greater than 0 with "
+            f"activation.l0_lambda={activation.l0_lambda}; it is the L0 per token summed over layers"
+        )
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim, schedule = config.optim, config.schedule
+    if optim.lr <= 0:
+        yield f"optim.lr={optim.lr} must be greater than 0"
+    for name in ("beta1", "beta2"):
+        value = getattr(optim, name)
+        if not 0 <= value < 1:
+            yield f"optim.{name}={value} must lie in [0, 1)"
+    if optim.eps < 0:
+        yield f"optim.eps={optim.eps} must not be negative"
+    if optim.clip_norm < 0:
+        yield f"optim.clip_norm={optim.clip_norm} must not be negative; 0 switches clipping off"
+    if schedule.warmup_steps < 0:
+        yield f"schedule.warmup_steps={schedule.warmup_steps} must not be negative"
+    for name in ("decay_fraction", "final_lr_fraction"):
+        value = getattr(schedule, name)
+        if not 0 <= value <= 1:
+            yield f"schedule.{name}={value} must lie in [0, 1]"
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    batch = train.batch_size_tokens
+    if batch < 1:
+        yield f"train.batch_size_tokens={batch} must be at least 1"
+    microbatch = train.microbatch_tokens
+    if microbatch is not None and (microbatch < 1 or batch % microbatch):
+        yield (
+            f"train.microbatch_tokens={microbatch} does not divide train.batch_size_tokens={batch}; "
+            f"use {_nearest_divisor(batch, microbatch)}, or null for one forward per update"
+        )
+    if train.tokens < batch:
+        yield (
+            f"train.tokens={train.tokens} is less than one batch of train.batch_size_tokens={batch}; "
+            "raise the former or lower the latter"
+        )
+    if train.keep_checkpoints < 1:
+        yield f"train.keep_checkpoints={train.keep_checkpoints} must be at least 1"
+    if train.log_every < 1:
+        yield f"train.log_every={train.log_every} must be at least 1"
+    for name in ("checkpoint_every", "eval_every"):
+        value = getattr(train, name)
+        if value < 0:
+            yield f"train.{name}={value} must not be negative; 0 means only at the end"
+    if config.source.pool_rows < 1 or config.source.prefetch_batches < 0:
+        yield (
+            f"source.pool_rows={config.source.pool_rows} must be at least 1 and "
+            f"source.prefetch_batches={config.source.prefetch_batches} at least 0"
+        )
+
+
+def _nearest_divisor(whole: int, wanted: int) -> int:
+    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    return min(divisors, key=lambda n: abs(n - wanted))

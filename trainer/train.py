@@ -1,0 +1,316 @@
+"""The training loop.
+
+    update n = 1, 2, ...:  batch n-1 -> loss and gradients -> norm -> clip -> Adam -> dead-feature state
+                           -> metrics -> evaluation -> checkpoint
+
+Everything that update n depends on is a function of the config, the store and what the checkpoint of an earlier step
+holds, so that a run which is killed and resumed ends with the same bits (docs/train.md says on what conditions).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation_store.device import resolve_device
+from activation_store.errors import UserError
+from activation_store.progress import Progress, human_seconds, report
+from activation_store.shuffle import ActivationBatch, ShuffledBatches
+from activation_store.store import ActivationStore
+from trainer.build import build_model, checkpoint_bytes, model_spec
+from trainer.calibrate import calibrate_thresholds
+from trainer.checkpoint import Checkpoint, Checkpointer, check_space
+from trainer.config import RunConfig
+from trainer.full_disk import full_disk_told
+from trainer.held_out import evaluate_rows
+from trainer.interrupt import StopRequest
+from trainer.loss import StepContext
+from trainer.memory import freed_memory_kept
+from trainer.metrics import MetricsLog, read_metrics, training_record
+from trainer.model.clt import CrossLayerTranscoder
+from trainer.nonfinite import check_finite
+from trainer.parallel.engine import BatchLoss, Engine, build_engine
+from trainer.reproducibility import (
+    deterministic,
+    environment,
+    environment_differences,
+    restore_rng,
+    rng_state,
+    seed_everything,
+)
+from trainer.rows import CalibrationRows, held_out_batches, open_training_store, store_identity
+from trainer.rules import check_run_config
+from trainer.run_folder import RunFolder, resume_command
+from trainer.schedule import Schedule, build_schedule, dead_after_tokens
+
+# Rows from which b_enc is set when model.initial_density asks for it.
+_INITIAL_ROWS = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """What a call of `train` left. `metrics`: the last training record with the last evaluation under `eval`.
+
+    `resumed_from`: the step of the checkpoint that it continued from (the last step: nothing was left to do), or None.
+    """
+
+    run: Path
+    steps: int
+    metrics: dict[str, Any]
+    seconds: float
+    resumed_from: int | None
+
+
+def train(config: RunConfig) -> TrainSummary:
+    """Trains the run that `config` describes into `config.run`, from the start or from its newest good checkpoint.
+
+    Raises UserError, before anything is written: for a config that breaks a rule, a store that is not the config's, a
+    folder that is not a run or is one of another config, checkpoints of which none is good, and a disk too small; and
+    later, for a loss that is not finite, a damaged shard or a disk that fills. Ctrl-C and SIGTERM write a checkpoint
+    and raise KeyboardInterrupt.
+    """
+    started = time.monotonic()
+    check_run_config(config)
+    device = resolve_device(config.device)
+    folder = RunFolder(config.run)
+    folder.check(config)
+    store = open_training_store(config)
+    spec = model_spec(config.model, config.activation, store.n_layers, store.d_model)
+    check_space(folder.path, n_bytes=checkpoint_bytes(spec), keep=config.train.keep_checkpoints)
+    with (
+        full_disk_told(folder.path, resume_command(folder.path)),
+        folder.locked(),
+        deterministic(device),
+        freed_memory_kept(device),
+    ):
+        # Again, for another process may have trained here in the meantime.
+        folder.check(config)
+        folder.start(config)
+        checkpointer = Checkpointer(folder.path, keep=config.train.keep_checkpoints)
+        checkpoint = checkpointer.to_resume()
+        resumed_from = None if checkpoint is None else checkpoint.step
+        schedule = build_schedule(config)
+        if resumed_from == schedule.total_steps:
+            report(f"train: {folder.path} is complete ({resumed_from} steps); nothing to do")
+        else:
+            _Run(config, folder=folder, store=store, schedule=schedule, checkpointer=checkpointer, device=device).train(
+                checkpoint
+            )
+    seconds = time.monotonic() - started
+    metrics = last_metrics(folder)
+    if resumed_from != schedule.total_steps:
+        took = human_seconds(seconds)
+        report(f"train: wrote {schedule.total_steps} steps to {folder.path} in {took}{_headline(metrics)}")
+    return TrainSummary(folder.path, schedule.total_steps, metrics, seconds, resumed_from)
+
+
+def last_metrics(folder: RunFolder) -> dict[str, Any]:
+    """The last training record of a run, with the last evaluation under `eval`."""
+    metrics: dict[str, Any] = {}
+    for record in read_metrics(folder.metrics_file):
+        metrics |= record
+    return metrics
+
+
+class _Run:
+    """One call's training: the parts that the loop works with, and the steps of the loop that are not the engine's."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        folder: RunFolder,
+        store: ActivationStore,
+        schedule: Schedule,
+        checkpointer: Checkpointer,
+        device: torch.device,
+    ) -> None:
+        self.config, self.folder, self.store, self.device = config, folder, store, device
+        self.schedule, self.checkpointer = schedule, checkpointer
+        self.batch_tokens = config.train.batch_size_tokens
+        self.microbatch = config.train.microbatch_tokens or self.batch_tokens
+        self.dead_after_tokens = dead_after_tokens(config)
+        self.held_out = store.held_out()
+        self.store_identity = store_identity(store)
+        self.calibrated_step: int | None = None
+        seed_everything(config.model.seed)
+        self.model = self._build()
+        self.engine: Engine = build_engine(config, self.model)
+
+    def train(self, checkpoint: Checkpoint | None) -> None:
+        """The loop."""
+        train, last_step = self.config.train, self.schedule.total_steps
+        step = self._restore(checkpoint)
+        with (
+            StopRequest() as stop,
+            MetricsLog(self.folder, self.config, resumed_from=step) as log,
+            self._batches(step) as batches,
+            Progress(
+                "train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens
+            ) as progress,
+        ):
+            saved_step = step
+            while step < last_step and not stop.requested:
+                with self._continuable(saved_step):
+                    batch = next(batches)
+                step += 1
+                logged = step % train.log_every == 0 or step in {1, last_step}
+                loss = self.engine.backward(batch, self._context(step), residual=logged)
+                norm = check_finite(
+                    loss, self.engine, self.model, batch, step=step, resume=self._where_to_resume(saved_step)
+                )
+                self.engine.update(self.schedule.learning_rate(step), norm)
+                self.model.record_step(
+                    loss.fired, self.batch_tokens, loss.batch_threshold_L, self.config.activation.threshold_decay
+                )
+                note = ""
+                if logged:
+                    record = self._record(step, batch, loss, norm, batches)
+                    log.write(record)
+                    note = f"fvu {record['fvu']:.3f}, l0 {record['l0']:.0f}"
+                if step == last_step or (train.eval_every and step % train.eval_every == 0):
+                    with self._continuable(saved_step):
+                        self._evaluate(step, log)
+                if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
+                    saved_step = self._save(step, log)
+                progress.advance(self.batch_tokens, note=note)
+            if step > saved_step:
+                self._save(step, log)
+        if stop.requested:
+            # In the last step too: what would follow training must not start.
+            left = f"continue with `{resume_command(self.folder.path)}`" if step < last_step else "training is complete"
+            report(f"train: stopped at step {step} of {last_step}; {left}")
+            raise KeyboardInterrupt
+
+    def _build(self) -> CrossLayerTranscoder:
+        rows = None
+        if self.config.model.initial_density is not None:
+            rows = next(iter(self._calibration_rows(_INITIAL_ROWS, batch_rows=_INITIAL_ROWS)))
+        return build_model(self.config, self.store.statistics(), device=self.device, initial_rows_BLD=rows)
+
+    def _batches(self, step: int) -> ShuffledBatches:
+        source = self.config.source
+        return ShuffledBatches(
+            self.store,
+            batch_size_tokens=self.batch_tokens,
+            seed=source.seed,
+            pool_rows=source.pool_rows,
+            start_batch=step,
+            prefetch_batches=source.prefetch_batches,
+        )
+
+    def _context(self, step: int) -> StepContext:
+        return StepContext(
+            k=self.schedule.k(step),
+            penalty_scale=self.schedule.penalty_scale(step),
+            dead_after_tokens=self.dead_after_tokens,
+            per_token=self.schedule.per_token(step),
+        )
+
+    def _record(
+        self, step: int, batch: ActivationBatch, loss: BatchLoss, norm: float, batches: ShuffledBatches
+    ) -> dict[str, Any]:
+        epochs = step * self.batch_tokens / batches.rows_per_epoch
+        return training_record(
+            step,
+            batch,
+            loss,
+            tokens=step * self.batch_tokens,
+            epochs=epochs,
+            lr=self.schedule.learning_rate(step),
+            grad_norm=norm,
+            context=self._context(step),
+            model=self.model,
+        )
+
+    def _evaluate(self, step: int, log: MetricsLog) -> None:
+        """Calibrates the inference threshold on training rows and measures both rules on the held-out rows, in fp32.
+
+        Before the end, calibration takes as many rows as are measured: a threshold for a point of the curve.
+        """
+        held_out_rows = 0 if self.held_out is None else self.held_out.n_rows
+        n_rows = self.config.activation.calibration_tokens
+        if step < self.schedule.total_steps:
+            n_rows = min(n_rows, held_out_rows)
+        if n_rows > 0:
+            rows = self._calibration_rows(n_rows, batch_rows=self.microbatch)
+            try:
+                calibrate_thresholds(self.model, rows, self.config.activation.threshold_scope.value)
+            except ValueError as error:
+                # The last update may be the one that overflows: no later loss tells.
+                raise UserError(f"after step {step}: {error}") from error
+            self.calibrated_step = step
+        if self.held_out is not None:
+            batches = held_out_batches(self.held_out, batch_rows=self.microbatch, device=self.device)
+            mean_out_LD = self.store.statistics().out_mean_LD.to(self.device)
+            log.write({"step": step, "eval": evaluate_rows(self.model, batches, mean_out_LD=mean_out_LD)})
+
+    def _calibration_rows(self, n_rows: int, *, batch_rows: int) -> CalibrationRows:
+        return CalibrationRows(store=self.store, n_rows=n_rows, batch_rows=batch_rows, device=self.device)
+
+    def _save(self, step: int, log: MetricsLog) -> int:
+        """Writes the checkpoint of `step`, after the metrics up to it; returns `step`."""
+        log.sync()
+        state = {
+            "tokens": step * self.batch_tokens,
+            "data": {"next_batch": step, "store": self.store_identity},
+            "subject": self.store.manifest.subject,
+            "layers": list(self.store.layers),
+            "spec": self.model.spec.to_dict(),
+            "calibrated_step": self.calibrated_step,
+            "rng": rng_state(),
+            "environment": environment(self.device),
+        }
+        self.checkpointer.save(
+            step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
+        )
+        return step
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        """Loads a checkpoint into model, optimizer and generators; the step that it is of (0 without one)."""
+        if checkpoint is None:
+            return 0
+        state = checkpoint.state
+        if state["data"]["store"] != self.store_identity:
+            raise UserError(
+                f"store.path={self.config.store.path} is not the store that run={self.folder.path} was trained on "
+                f"until step {checkpoint.step}; give that store, or train.fresh=true to start over"
+            )
+        checkpoint.load_model(self.model.state_dict())
+        checkpoint.load_optimizer(self.engine.optimizer_tensors())
+        self.calibrated_step = state["calibrated_step"]
+        restore_rng(state["rng"])
+        if differences := environment_differences(state["environment"], environment(self.device)):
+            report(f"train: the same bits are promised only on the same set-up; {'; '.join(differences)}")
+        report(f"train: continuing {self.folder.path} from step {checkpoint.step} of {self.schedule.total_steps}")
+        return checkpoint.step
+
+    def _where_to_resume(self, saved_step: int) -> str:
+        if saved_step == 0:
+            return "no checkpoint was written yet"
+        name = f"step_{saved_step:08d}"
+        return f"resume from {self.folder.checkpoints / name} with `{resume_command(self.folder.path)}`"
+
+    @contextmanager
+    def _continuable(self, saved_step: int) -> Iterator[None]:
+        """Says of what goes wrong with the store, or with calibration, how training goes on afterwards."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}; then {self._where_to_resume(saved_step)}") from error
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    evaluation = metrics.get("eval") or {}
+    if not evaluation or evaluation["fvu"] is None or not math.isfinite(evaluation["fvu"]):
+        return ""
+    rule = evaluation["training_rule"]
+    return (
+        f"; held-out rows: FVU {evaluation['fvu']:.3f} at L0 {evaluation['l0']:.1f} "
+        f"(training rule: {rule['fvu']:.3f} at {rule['l0']:.1f})"
+    )
