@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.kernels import batch_threshold, row_sums, sparse_backward
+from trainer.kernels import batch_threshold, fused_adam_rows, row_sums, sparse_backward
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.build_csc import build_csc
 from trainer.kernels.dispatch import REFERENCE, kernels
@@ -185,16 +185,43 @@ def test_decode_and_backward(size: tuple[int, int, int], density: float, width: 
 
     strided = torch.zeros(b, width + 3, dtype=dtype)
     strided[:, 3:] = grad.to(dtype)
-    dots = REFERENCE.value_gradients(strided[:, 3:], rows.to(dtype), offsets, ids, tokens, dtype)
-    torch.testing.assert_close(dots.double(), (grad @ rows.T)[tokens, ids], **tolerance)
-
     index = build_csc(ids, tokens, f)
     out = torch.full((f, width), torch.nan, dtype=dtype)
-    REFERENCE.row_gradients(index, values, strided[:, 3:], dtype, out_FC=out)
+    codes = (strided[:, 3:], rows.to(dtype), offsets, ids, tokens, index, values, dtype)
+    dots = REFERENCE.decoder_backward(*codes, out_FC=out, accumulate=False, dots=True)
+    assert dots is not None
+    torch.testing.assert_close(dots.double(), (grad @ rows.T)[tokens, ids], **tolerance)
     torch.testing.assert_close(out.double(), dense.T @ grad, **tolerance)
-    REFERENCE.row_gradients(index, values, strided[:, 3:], dtype, out_FC=out, accumulate=True)
+    assert REFERENCE.decoder_backward(*codes, out_FC=out, accumulate=True, dots=False) is None
     torch.testing.assert_close(out.double(), 2 * dense.T @ grad, **tolerance)
     torch.testing.assert_close(REFERENCE.feature_sums(index, values).double(), dense.sum(dim=0), **tolerance)
+
+
+def test_fused_adam_is_torch_adam_over_fifty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows idle for several steps, one row on every token, blocks that split the table."""
+    monkeypatch.setattr(fused_adam_rows, "_BLOCK_VALUES", 40)
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(13, 7, generator=g, dtype=torch.float64)
+    wanted = rows.clone().requires_grad_()
+    adam = torch.optim.Adam([wanted], lr=0.03, betas=(0.8, 0.95), eps=1e-6)
+    moments = torch.zeros(2, 13, 7, dtype=torch.float64)
+    for step in range(1, 51):
+        dense, _, ids, tokens = random_codes(9, 13, step, 0.3)
+        dense[:, step % 13 : step % 13 + 4] = 0
+        dense[:, 12] = 1.5
+        tokens, ids = dense.nonzero().t()
+        grad = torch.randn(9, 7, generator=g, dtype=torch.float64)
+        dots_wanted = (grad @ wanted.detach().T)[tokens, ids]
+        wanted.grad = dense.T @ grad
+        squares_wanted = wanted.grad.square().sum()
+        adam.step()
+        hyper = fused_adam_rows.AdamHyper(0.03, 0.8, 0.95, 1e-6, 1 - 0.8**step, 1 - 0.95**step)
+        squares, dots = REFERENCE.fused_adam_rows(
+            rows, *moments, build_csc(ids, tokens, 13), dense[tokens, ids], grad, hyper, dots=True
+        )
+        torch.testing.assert_close(rows, wanted.detach(), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(dots, dots_wanted, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(squares, squares_wanted, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("width", [7, 1100])

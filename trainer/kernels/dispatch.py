@@ -10,7 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.kernels import batch_threshold, build_csc, encode_jumprelu, encode_topk, sparse_backward, sparse_decode
+from trainer.kernels import (
+    batch_threshold,
+    build_csc,
+    encode_jumprelu,
+    encode_topk,
+    fused_adam_rows,
+    sparse_backward,
+    sparse_decode,
+)
 
 
 class EncodeTopk(Protocol):
@@ -83,8 +91,8 @@ class SparseDecode(Protocol):
     ) -> None: ...
 
 
-class ValueGradients(Protocol):
-    """Signature of `trainer.kernels.sparse_backward.value_gradients`."""
+class DecoderBackward(Protocol):
+    """Signature of `trainer.kernels.sparse_backward.decoder_backward`."""
 
     def __call__(
         self,
@@ -93,8 +101,14 @@ class ValueGradients(Protocol):
         offsets: Tensor,
         feature_ids_N: Tensor,
         tokens_N: Tensor,
+        index: build_csc.FeatureIndex,
+        values_N: Tensor,
         compute_dtype: torch.dtype,
-    ) -> Tensor: ...
+        *,
+        out_FC: Tensor | None,
+        accumulate: bool,
+        dots: bool,
+    ) -> Tensor | None: ...
 
 
 class RowGradients(Protocol):
@@ -118,6 +132,36 @@ class FeatureSums(Protocol):
     def __call__(self, index: build_csc.FeatureIndex, weights_N: Tensor) -> Tensor: ...
 
 
+class FusedAdamRows(Protocol):
+    """Signature of `trainer.kernels.fused_adam_rows.fused_adam_rows`."""
+
+    def __call__(
+        self,
+        rows_FC: Tensor,
+        exp_avg_FC: Tensor,
+        exp_avg_sq_FC: Tensor,
+        index: build_csc.FeatureIndex,
+        weights_N: Tensor,
+        tokens_BC: Tensor,
+        hyper: fused_adam_rows.AdamHyper,
+        *,
+        dots: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class FusedAdamVector(Protocol):
+    """Signature of `trainer.kernels.fused_adam_rows.fused_adam_vector`."""
+
+    def __call__(
+        self,
+        parameter_F: Tensor,
+        exp_avg_F: Tensor,
+        exp_avg_sq_F: Tensor,
+        gradient_F: Tensor,
+        hyper: fused_adam_rows.AdamHyper,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One backend: its name and its ops."""
@@ -129,9 +173,11 @@ class Kernels:
     batch_threshold: BatchThreshold
     build_csc: BuildCsc
     sparse_decode: SparseDecode
-    value_gradients: ValueGradients
+    decoder_backward: DecoderBackward
     row_gradients: RowGradients
     feature_sums: FeatureSums
+    fused_adam_rows: FusedAdamRows
+    fused_adam_vector: FusedAdamVector
 
 
 REFERENCE = Kernels(
@@ -142,9 +188,11 @@ REFERENCE = Kernels(
     batch_threshold=batch_threshold.batch_threshold,
     build_csc=build_csc.build_csc,
     sparse_decode=sparse_decode.sparse_decode,
-    value_gradients=sparse_backward.value_gradients,
+    decoder_backward=sparse_backward.decoder_backward,
     row_gradients=sparse_backward.row_gradients,
     feature_sums=sparse_backward.feature_sums,
+    fused_adam_rows=fused_adam_rows.fused_adam_rows,
+    fused_adam_vector=fused_adam_rows.fused_adam_vector,
 )
 
 

@@ -1,5 +1,8 @@
 """sparse_backward: gradients of the active values, of decoder and encoder rows, and of biases.
 
+    decoder:  d a_n = grad[token_n] . W_dec[feature_n];   d W_dec[f] = sum_n a_n grad[token_n]
+    encoder:  d W_enc[f] = sum_n (d a_n) x[token_n];      d b_enc[f] = sum_n d a_n
+
 Legend: B tokens, F features, C columns of a row, N entries.
 """
 
@@ -11,6 +14,31 @@ from trainer.kernels.row_sums import add_row_sums, csr_matrix
 
 # Values of the gradient in one block of dots: 4 MiB of fp32, which stays in cache.
 _BLOCK_VALUES = 2**20
+
+
+def decoder_backward(
+    grad_BC: Tensor,
+    rows_FC: Tensor,
+    offsets: Tensor,
+    feature_ids_N: Tensor,
+    tokens_N: Tensor,
+    index: FeatureIndex,
+    values_N: Tensor,
+    compute_dtype: torch.dtype,
+    *,
+    out_FC: Tensor | None,
+    accumulate: bool,
+    dots: bool,
+) -> Tensor | None:
+    """Both gradients of a decoding.
+
+    Returns (N) the gradient of every value, in token-major order (with `dots`, else None). With `out_FC` the rows'
+    gradients are written there, or added with `accumulate`; rows without entries get zero, or stay.
+    """
+    grad_N = value_gradients(grad_BC, rows_FC, offsets, feature_ids_N, tokens_N, compute_dtype) if dots else None
+    if out_FC is not None:
+        row_gradients(index, values_N, grad_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
+    return grad_N
 
 
 def value_gradients(

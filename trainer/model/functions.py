@@ -137,17 +137,21 @@ class DecodeInto(Function):
         codes: LayerCodes = ctx.codes
         values_N, x_BD = ctx.saved_tensors
         grad_BC, dtype = columns(grad_BTD, ctx.targets), runtime.compute_dtype
-        grad_N = None
-        if ctx.needs_input_grad[1]:
-            grad_N = runtime.kernels.value_gradients(
-                grad_BC, ctx.weight.detach().flatten(1), codes.offsets, codes.feature_ids, codes.tokens, dtype
-            )
-        grad_W = None
-        if ctx.needs_input_grad[2]:
-            out, accumulate = gradient_target(ctx.weight, runtime)
-            index = codes.index(runtime.kernels)
-            runtime.kernels.row_gradients(index, values_N, grad_BC, dtype, out_FC=out.flatten(1), accumulate=accumulate)
-            grad_W = None if runtime.buffers.enabled else out
+        out, accumulate = gradient_target(ctx.weight, runtime) if ctx.needs_input_grad[2] else (None, False)
+        grad_N = runtime.kernels.decoder_backward(
+            grad_BC,
+            ctx.weight.detach().flatten(1),
+            codes.offsets,
+            codes.feature_ids,
+            codes.tokens,
+            codes.index(runtime.kernels),
+            values_N,
+            dtype,
+            out_FC=out.flatten(1) if out is not None else None,
+            accumulate=accumulate,
+            dots=ctx.needs_input_grad[1],
+        )
+        grad_W = None if runtime.buffers.enabled else out
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         return grad_BTD, grad_N, grad_W, grad_b, grad_skip, None, None, None, None
 
