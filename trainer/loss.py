@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer.config import ActivationConfig, KernelsConfig
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.features import LayerCodes
-from trainer.model.functions import Runtime, squared_error
+from trainer.model.functions import squared_error
 from trainer.model.layer import SourceLayer
+from trainer.model.runtime import Runtime
 from trainer.model.training_pass import TrainingPass, training_pass
 
 # Dead features in one block of the pre-activation loss.

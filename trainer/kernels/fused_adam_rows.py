@@ -75,9 +75,9 @@ def _dots(tokens_BC: Tensor, rows_fC: Tensor, tokens_N: Tensor, offsets: Tensor)
     """(n): tokens[token] . row[feature] of feature-major entries, without an (n, C) temporary."""
     features_N = torch.arange(rows_fC.shape[0], device=rows_fC.device).repeat_interleave(offsets.diff())
     dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_fC, tokens_BC.contiguous(), tokens_N, offsets[:-1], features_N, 0
+        rows_fC.to(tokens_BC.dtype), tokens_BC.contiguous(), tokens_N, offsets[:-1], features_N, 0
     )
-    return dots_N
+    return dots_N.to(rows_fC.dtype)
 
 
 def _adam(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: AdamHyper) -> Tensor:

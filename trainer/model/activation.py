@@ -22,8 +22,8 @@ from torch.nn import functional
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.encode_topk import Selection
 from trainer.kernels.selection import topk_rows
-from trainer.model.functions import Runtime
 from trainer.model.layer import SourceLayer
+from trainer.model.runtime import Runtime
 
 
 def select_layer(

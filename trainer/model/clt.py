@@ -22,9 +22,9 @@ from trainer.kernels.encode_topk import Selection
 from trainer.model.activation import select_all_layers, select_layer
 from trainer.model.collectives import Collectives, IdentityCollectives
 from trainer.model.features import LayerCodes, SparseFeatures
-from trainer.model.functions import GradientBuffers, Runtime
 from trainer.model.initialise import initialise_layer, set_density
 from trainer.model.layer import SourceLayer
+from trainer.model.runtime import FusedUpdates, GradientBuffers, Runtime
 from trainer.model.spec import ModelSpec
 
 
@@ -57,7 +57,7 @@ class CrossLayerTranscoder(nn.Module):
         self.spec = spec
         self.collectives: Collectives = collectives if collectives is not None else IdentityCollectives()
         self.kernels = kernels(backend)
-        self.gradient_buffers = GradientBuffers()
+        self.gradient_buffers, self.fused_updates = GradientBuffers(), FusedUpdates()
         self.layers = nn.ModuleList(SourceLayer(spec, index) for index in range(spec.n_layers))
         generator = torch.Generator().manual_seed(seed)
         for layer in self.source_layers:
@@ -307,7 +307,7 @@ class CrossLayerTranscoder(nn.Module):
         dtype = self.input_shift_LD.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return Runtime(self.kernels, self.gradient_buffers, dtype)
+        return Runtime(self.kernels, self.gradient_buffers, self.fused_updates, dtype)
 
     @torch.no_grad()
     def record_step(

@@ -14,12 +14,11 @@ from torch.autograd import Function
 
 from trainer.kernels.encode_topk import pre_activations
 from trainer.model.functions import (
-    Runtime,
     add_bias_and_skip,
     bias_and_skip_gradients,
     columns,
-    gradient_target,
 )
+from trainer.model.runtime import Runtime, gradient_target
 
 
 class DenseOutput(NamedTuple):

@@ -4,7 +4,6 @@ Legend: B tokens, D d_model, F features of the source layer, C = span * d_model 
 layers, N selected entries.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,41 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.kernels.dispatch import Kernels
 from trainer.model.features import LayerCodes
-
-
-@dataclass(slots=True)
-class GradientBuffers:
-    """Large gradients written straight into memory that lives on from step to step.
-
-    A fresh buffer of many MiB costs a page fault every 4 KiB at every step. When enabled, the backward pass
-    writes (or, when a gradient is there already, adds) decoder gradients into `param.grad` itself and hands autograd
-    nothing for them; `zero_grad(set_to_none=True)` between steps is right and cheap. Off by default, because hooks on
-    gradients (DDP, FSDP, DeepSpeed) and torch.autograd.grad see nothing of it.
-    """
-
-    enabled: bool = False
-    _kept: dict[int, Tensor] = field(default_factory=dict)
-
-    def take(self, parameter: Tensor) -> tuple[Tensor, bool]:
-        """The gradient of `parameter`, and whether to add to it (else its contents are void)."""
-        if parameter.grad is not None:
-            return parameter.grad, True
-        buffer = self._kept.get(id(parameter))
-        like = (parameter.shape, parameter.device, parameter.dtype)
-        if buffer is None or (buffer.shape, buffer.device, buffer.dtype) != like:
-            buffer = torch.empty_like(parameter, requires_grad=False)
-        self._kept[id(parameter)] = buffer
-        parameter.grad = buffer
-        return buffer, False
-
-
-@dataclass(slots=True)
-class Runtime:
-    """How the ops run: backend, dtype of the products, and where large gradients go."""
-
-    kernels: Kernels
-    buffers: GradientBuffers
-    compute_dtype: torch.dtype = torch.float32
+from trainer.model.runtime import Runtime, gradient_target
 
 
 class EncodeValues(Function):
@@ -73,7 +38,7 @@ class EncodeValues(Function):
         runtime: Runtime,
     ) -> tuple[Tensor, Tensor]:
         pre_N = codes.values
-        ctx.codes, ctx.bandwidth, ctx.runtime = codes, bandwidth, runtime
+        ctx.weight, ctx.codes, ctx.bandwidth, ctx.runtime = weight_FD, codes, bandwidth, runtime
         if log_threshold_F is None:
             ctx.save_for_backward(x_BD)
             return pre_N.clone(), pre_N.new_tensor(float(pre_N.numel()))
@@ -95,8 +60,11 @@ class EncodeValues(Function):
             slope_N = torch.where(band_N, theta_N * (theta_N * grad_N + grad_count) / -ctx.bandwidth, 0.0)
             grad_log_threshold_F = runtime.kernels.feature_sums(index, slope_N)
             grad_N = torch.where(active_N, grad_N, 0.0)
-        grad_W_FD = runtime.kernels.row_gradients(index, grad_N, x_BD, runtime.compute_dtype)
         grad_b_F = runtime.kernels.feature_sums(index, grad_N)
+        if runtime.fused.takes(ctx.weight):
+            runtime.fused.update(ctx.weight, index, grad_N, x_BD, runtime, dots=False)
+            return None, grad_b_F, grad_log_threshold_F, None, None, None, None
+        grad_W_FD = runtime.kernels.row_gradients(index, grad_N, x_BD, runtime.compute_dtype)
         return grad_W_FD, grad_b_F, grad_log_threshold_F, None, None, None, None
 
 
@@ -136,22 +104,28 @@ class DecodeInto(Function):
         runtime: Runtime = ctx.runtime
         codes: LayerCodes = ctx.codes
         values_N, x_BD = ctx.saved_tensors
-        grad_BC, dtype = columns(grad_BTD, ctx.targets), runtime.compute_dtype
-        out, accumulate = gradient_target(ctx.weight, runtime) if ctx.needs_input_grad[2] else (None, False)
-        grad_N = runtime.kernels.decoder_backward(
-            grad_BC,
-            ctx.weight.detach().flatten(1),
-            codes.offsets,
-            codes.feature_ids,
-            codes.tokens,
-            codes.index(runtime.kernels),
-            values_N,
-            dtype,
-            out_FC=out.flatten(1) if out is not None else None,
-            accumulate=accumulate,
-            dots=ctx.needs_input_grad[1],
-        )
-        grad_W = None if runtime.buffers.enabled else out
+        grad_BC, dots = columns(grad_BTD, ctx.targets), ctx.needs_input_grad[1]
+        grad_W = None
+        if ctx.needs_input_grad[2] and runtime.fused.takes(ctx.weight):
+            grad_N = runtime.fused.update(
+                ctx.weight, codes.index(runtime.kernels), values_N, grad_BC, runtime, dots=dots
+            )
+        else:
+            out, accumulate = gradient_target(ctx.weight, runtime) if ctx.needs_input_grad[2] else (None, False)
+            grad_N = runtime.kernels.decoder_backward(
+                grad_BC,
+                ctx.weight.detach().flatten(1),
+                codes.offsets,
+                codes.feature_ids,
+                codes.tokens,
+                codes.index(runtime.kernels),
+                values_N,
+                runtime.compute_dtype,
+                out_FC=out.flatten(1) if out is not None else None,
+                accumulate=accumulate,
+                dots=dots,
+            )
+            grad_W = None if runtime.buffers.enabled else out
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         return grad_BTD, grad_N, grad_W, grad_b, grad_skip, None, None, None, None
 
@@ -159,13 +133,6 @@ class DecodeInto(Function):
 def columns(y_BTD: Tensor, targets: range) -> Tensor:
     """(B, span * D) view of the target layers of a contiguous (B, T, D) tensor."""
     return y_BTD.flatten(1)[:, targets.start * y_BTD.shape[2] : targets.stop * y_BTD.shape[2]]
-
-
-def gradient_target(parameter: Tensor, runtime: Runtime) -> tuple[Tensor, bool]:
-    """Where a large gradient is written, and whether it is added to what is there."""
-    if runtime.buffers.enabled:
-        return runtime.buffers.take(parameter)
-    return torch.empty_like(parameter, requires_grad=False), False
 
 
 def add_bias_and_skip(

@@ -14,7 +14,8 @@ from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.collectives import Partition
 from trainer.model.dense import DenseLayer, DenseOutput
 from trainer.model.features import LayerCodes
-from trainer.model.functions import DecodeInto, EncodeValues, Runtime, SquaredNorms
+from trainer.model.functions import DecodeInto, EncodeValues, SquaredNorms
+from trainer.model.runtime import Runtime
 from trainer.model.spec import ModelSpec
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.features import LayerCodes
-from trainer.model.functions import Runtime, tanh_penalty
+from trainer.model.functions import tanh_penalty
+from trainer.model.runtime import Runtime
 
 
 @dataclass(slots=True)
