@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from activation_store.batch import ActivationBatch
 from activation_store.errors import UserError
 from activation_store.layout import from_bits
 from activation_store.shards import hint_next
@@ -24,16 +25,6 @@ from activation_store.store import ActivationStore
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class ActivationBatch:
-    """Rows of a batch: activations (B, L, D) float32, their logical rows (B,) int64, and the epoch of the first one."""
-
-    mlp_in: Tensor
-    mlp_out: Tensor
-    rows: Tensor
-    epoch: int
 
 
 @dataclass(frozen=True, slots=True)

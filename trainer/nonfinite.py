@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
-from activation_store.shuffle import ActivationBatch
+from activation_store.batch import ActivationBatch
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.parallel.engine import BatchLoss, Engine
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from activation_store.batch import ActivationBatch
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
 from activation_store.progress import Progress, human_seconds, report
-from activation_store.shuffle import ActivationBatch, ShuffledBatches
+from activation_store.shuffle import ShuffledBatches
 from activation_store.store import ActivationStore
 from trainer.build import build_model, checkpoint_bytes, model_spec
 from trainer.calibrate import calibrate_thresholds

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from activation_store.shuffle import ActivationBatch
+from activation_store.batch import ActivationBatch
 from trainer.config import Precision, RunConfig
 from trainer.loss import LossOutput, StepContext, compute_loss
 from trainer.model.clt import CrossLayerTranscoder
