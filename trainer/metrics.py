@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from activation_store.atomic import read_json, write_bytes, write_json
-from activation_store.progress import report
 from activation_store.batch import ActivationBatch
+from activation_store.progress import report
 from trainer.config import LogConfig, RunConfig, WandbMode
 from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder

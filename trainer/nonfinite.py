@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from activation_store.errors import UserError
 from activation_store.batch import ActivationBatch
+from activation_store.errors import UserError
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.parallel.engine import BatchLoss, Engine
 
