@@ -23,8 +23,8 @@ class Selection(NamedTuple):
 
 
 def pre_activations(x_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """(B, F) in the dtype of the parameters; the product is taken in `compute_dtype`."""
-    if compute_dtype == weight_FD.dtype:
+    """(B, F) in the dtype of the bias; the product is taken in `compute_dtype`."""
+    if compute_dtype == weight_FD.dtype == bias_F.dtype:
         return functional.linear(x_BD, weight_FD, bias_F)
     product_BF = functional.linear(x_BD.to(compute_dtype), weight_FD.to(compute_dtype))
     return product_BF.to(bias_F.dtype).add_(bias_F)

@@ -18,7 +18,7 @@ from trainer.model.functions import (
     bias_and_skip_gradients,
     columns,
 )
-from trainer.model.runtime import Runtime, gradient_target
+from trainer.model.runtime import Runtime, empty_gradient, gradient_target
 
 
 class DenseOutput(NamedTuple):
@@ -89,16 +89,16 @@ class DenseLayer(Function):
         grad_BC = columns(grad_BTD, ctx.targets).to(dtype)
         rows_FC = ctx.weight.detach().flatten(1)
         grad_W_dec, accumulate = gradient_target(ctx.weight, runtime)
-        grad_W_enc, grad_b_enc = torch.empty_like(W_enc), torch.empty_like(b_enc)
+        grad_W_enc, grad_b_enc = empty_gradient(W_enc), torch.empty_like(b_enc)
         grad_log_theta = torch.empty_like(b_enc) if ctx.has_theta else None
         grad_norm = torch.empty_like(norm_F) if norm_F is not None else None
         for f in feature_blocks(W_enc.shape[0]):
             pre_Bf = pre_activations(x_BD, W_enc[f], b_enc[f], dtype)
-            grad_Bf = (grad_BC @ rows_FC[f].to(dtype).t()).to(W_enc.dtype)
+            grad_Bf = (grad_BC @ rows_FC[f].to(dtype).t()).to(x_BD.dtype)
             active_Bf = ~(pre_Bf <= theta_F[f])
             band_Bf = (pre_Bf - theta_F[f]).abs() < ctx.bandwidth / 2
             a_Bf = pre_Bf.mul_(active_Bf)
-            product = (a_Bf.to(dtype).t() @ grad_BC).to(W_enc.dtype)
+            product = (a_Bf.to(dtype).t() @ grad_BC).to(x_BD.dtype)
             if accumulate:
                 grad_W_dec.flatten(1)[f] += product
             else:
@@ -112,7 +112,7 @@ class DenseLayer(Function):
                 grad_log_theta[f] = slope_Bf.mul_(band_Bf).sum(dim=0)
             grad_Bf.mul_(active_Bf)
             grad_b_enc[f] = grad_Bf.sum(dim=0)
-            grad_W_enc[f] = (grad_Bf.to(dtype).t() @ x_BD.to(dtype)).to(W_enc.dtype)
+            grad_W_enc[f] = (grad_Bf.to(dtype).t() @ x_BD.to(dtype)).to(x_BD.dtype)
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         written = None if runtime.buffers.enabled else grad_W_dec
         head = (grad_BTD, None, grad_W_enc, grad_b_enc, grad_log_theta, written, grad_b, grad_skip, grad_norm)

@@ -13,7 +13,10 @@ from torch.autograd.function import FunctionCtx
 
 from trainer.kernels.dispatch import Kernels
 from trainer.model.features import LayerCodes
-from trainer.model.runtime import Runtime, gradient_target
+from trainer.model.runtime import Runtime, gradient_dtype, gradient_target
+
+# Values of 16-bit rows in one block of norms.
+_NORM_BLOCK_VALUES = 2**20
 
 
 class EncodeValues(Function):
@@ -162,8 +165,7 @@ class SquaredNorms(Function):
     @staticmethod
     def forward(ctx: Any, weight_FsD: Tensor, runtime: Runtime) -> Tensor:
         ctx.weight, ctx.runtime = weight_FsD, runtime
-        norm_F: Tensor = torch.linalg.vector_norm(weight_FsD.flatten(1), dim=1)
-        return norm_F.square()
+        return row_norms(weight_FsD.flatten(1)).square()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
@@ -176,6 +178,13 @@ class SquaredNorms(Function):
         else:
             torch.mul(weight, slope_F11, out=out)
         return None, None
+
+
+def row_norms(rows_FC: Tensor) -> Tensor:
+    """(F) L2 norms; of 16-bit rows in float32, a block at a time, for the sum makes a float32 copy of what it reads."""
+    dtype = gradient_dtype(rows_FC)
+    block = rows_FC.shape[0] if rows_FC.dtype == dtype else max(1, _NORM_BLOCK_VALUES // rows_FC.shape[1])
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in rows_FC.split(block)])
 
 
 class TanhPenalty(Function):

@@ -32,9 +32,9 @@ class GradientBuffers:
         if parameter.grad is not None:
             return parameter.grad, True
         buffer = self._kept.get(id(parameter))
-        like = (parameter.shape, parameter.device, parameter.dtype)
+        like = (parameter.shape, parameter.device, gradient_dtype(parameter))
         if buffer is None or (buffer.shape, buffer.device, buffer.dtype) != like:
-            buffer = torch.empty_like(parameter, requires_grad=False)
+            buffer = empty_gradient(parameter)
         self._kept[id(parameter)] = buffer
         parameter.grad = buffer
         return buffer, False
@@ -114,8 +114,18 @@ class Runtime:
     compute_dtype: torch.dtype = torch.float32
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Gradients of 16-bit parameters are float32: sums over microbatches and losses are rounded once, in the update."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def empty_gradient(parameter: Tensor) -> Tensor:
+    """Room for the gradient of `parameter`."""
+    return torch.empty_like(parameter, dtype=gradient_dtype(parameter), requires_grad=False)
+
+
 def gradient_target(parameter: Tensor, runtime: Runtime) -> tuple[Tensor, bool]:
     """Where a large gradient is written, and whether it is added to what is there."""
     if runtime.buffers.enabled:
         return runtime.buffers.take(parameter)
-    return torch.empty_like(parameter, requires_grad=False), False
+    return empty_gradient(parameter), False
