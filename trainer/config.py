@@ -144,6 +144,9 @@ class OptimConfig:
     eps: float = 1e-8
     # Clip by the exact global norm; 0: off.
     clip_norm: float = 1.0
+    # Update W_enc and W_dec inside the backward pass: their gradients never exist, which saves memory and time. Needs
+    # clip_norm=0 and one microbatch per update. In steps with a second gradient (AuxK, pre-activation loss) they do.
+    fused_update: bool = False
 
 
 class DecayShape(StrEnum):

@@ -37,12 +37,14 @@ class StepContext:
     k: budget per token and layer (topk, batchtopk). penalty_scale: ramp of the tanh and L0 penalties, 0..1.
     dead_after_tokens: a feature silent for so many tokens is dead (AuxK, pre-activation loss). per_token: batchtopk
     selects per token at this step, as topk does (its threshold is then the smallest score that any token selected).
+    lr: learning rate of the step's update.
     """
 
     k: int
     penalty_scale: float
     dead_after_tokens: int
     per_token: bool = False
+    lr: float = 0.0
 
 
 @dataclass(slots=True)
@@ -107,6 +109,9 @@ def compute_loss(
         dead = dead_features(model, context.dead_after_tokens)
         auxk = _auxk(model, x_BLD, error_BTD, dead, activation, runtime)
         pre_act = _pre_activation_loss(model, x_BLD, dead, activation, runtime)
+        if activation.tanh_lambda > 0 or auxk.requires_grad or pre_act.requires_grad:
+            # Rows have a second gradient, which an update with the first alone would miss.
+            runtime.fused.withdraw()
         return LossOutput(
             total=mse + penalty + auxk + pre_act,
             mse=mse.detach(),

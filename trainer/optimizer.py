@@ -5,17 +5,21 @@
 Dense: a row whose gradient is zero still decays its moments and moves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from trainer.config import OptimConfig
+from trainer.kernels.fused_adam_rows import AdamHyper
+from trainer.model.runtime import FusedUpdates
 
 # Where torch has an Adam in one kernel. Elsewhere it goes op by op.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _STATE_NAMES = ("exp_avg", "exp_avg_sq")
+# What optim.fused_update updates in the backward pass: nearly all of a model.
+FUSED_PARAMETERS = ("W_enc", "W_dec")
 
 
 class NamedAdam:
@@ -26,6 +30,7 @@ class NamedAdam:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         self.parameters = dict(parameters)
+        self._fused_updates: FusedUpdates | None = None
         device = next(iter(self.parameters.values())).device
         self._fused = device.type in _FUSED_DEVICES
         # The kernel takes its divisor in float32.
@@ -39,9 +44,13 @@ class NamedAdam:
         )
 
     def step(self, lr: float, *, divide_gradients_by: float = 1.0) -> None:
-        """One update of every parameter. A parameter without a gradient counts as one of zeros."""
+        """One update of every parameter. A parameter without a gradient counts as one of zeros, unless the backward
+        pass has updated it already.
+        """
         for parameter in self.parameters.values():
-            if parameter.grad is None:
+            if self._fused_updates is not None and self._fused_updates.updated(parameter):
+                self._adam.state[parameter]["step"] += 1
+            elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for group in self._adam.param_groups:
             group["lr"] = lr
@@ -65,6 +74,22 @@ class NamedAdam:
         finally:
             del self._adam.grad_scale, self._adam.found_inf  # type: ignore[attr-defined]
 
+    def register_fused(self, fused: FusedUpdates) -> None:
+        """Let `fused` update W_enc and W_dec of every layer, with the moments kept here."""
+        self._fused_updates = fused
+        tensors = self.tensors()
+        for name, parameter in self.parameters.items():
+            if name.rpartition(".")[2] in FUSED_PARAMETERS:
+                fused.register(parameter, *(tensors[f"{name}.{key}"] for key in _STATE_NAMES))
+
+    def begin_fused(self, lr: float) -> None:
+        """Before a backward pass whose gradients are to be used up at once."""
+        assert self._fused_updates is not None
+        state = self._adam.state[next(iter(self.parameters.values()))]
+        step, (beta1, beta2) = float(state["step"]) + 1, self._adam.param_groups[0]["betas"]
+        eps = self._adam.param_groups[0]["eps"]
+        self._fused_updates.begin(AdamHyper(lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step))
+
     def zero_grad(self) -> None:
         """Drops all gradients; large buffers are kept by the model's runtime (`GradientBuffers`)."""
         self._adam.zero_grad(set_to_none=True)
@@ -82,8 +107,8 @@ class NamedAdam:
         return named
 
 
-def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
-    """The global L2 norm of all gradients, 0-dim float64.
+def gradient_norm(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = ()) -> Tensor:
+    """The global L2 norm of all gradients, 0-dim float64. used_up: sums of squares of those that are gone already.
 
     Rows of the last dim are summed in float32 and the rows in float64: one pass at full speed, and exact to about
     1e-7, where a float32 sum over a whole tensor of 10^7 entries is off by some 1e-3.
@@ -92,5 +117,5 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
         torch.linalg.vector_norm(parameter.grad, dim=-1).square_().sum(dtype=torch.float64)
         for parameter in parameters.values()
         if parameter.grad is not None
-    ]
+    ] + list(used_up)
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)

@@ -148,12 +148,33 @@ def _optim(config: RunConfig) -> Iterator[str]:
         yield f"optim.eps={optim.eps} must not be negative"
     if optim.clip_norm < 0:
         yield f"optim.clip_norm={optim.clip_norm} must not be negative; 0 switches clipping off"
+    if optim.fused_update:
+        yield from _fused_update(config)
     if schedule.warmup_steps < 0:
         yield f"schedule.warmup_steps={schedule.warmup_steps} must not be negative"
     for name in ("decay_fraction", "final_lr_fraction"):
         value = getattr(schedule, name)
         if not 0 <= value <= 1:
             yield f"schedule.{name}={value} must lie in [0, 1]"
+
+
+def _fused_update(config: RunConfig) -> Iterator[str]:
+    """An update inside the backward pass knows one gradient at a time, and once."""
+    if config.optim.clip_norm > 0:
+        yield (
+            f"optim.fused_update=true cannot clip by the global norm; set optim.clip_norm=0 "
+            f"(got {config.optim.clip_norm})"
+        )
+    if config.train.microbatch_tokens not in {None, config.train.batch_size_tokens}:
+        yield (
+            f"optim.fused_update=true cannot add up microbatches; set train.microbatch_tokens=null "
+            f"(got {config.train.microbatch_tokens})"
+        )
+    if config.activation.tanh_lambda > 0:
+        yield (
+            f"optim.fused_update=true has no place for the gradient of the tanh penalty's decoder norms; "
+            f"set activation.tanh_lambda=0 (got {config.activation.tanh_lambda})"
+        )
 
 
 def _train(config: RunConfig) -> Iterator[str]:

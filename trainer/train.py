@@ -165,7 +165,7 @@ class _Run:
                 norm = check_finite(
                     loss, self.engine, self.model, batch, step=step, resume=self._where_to_resume(saved_step)
                 )
-                self.engine.update(self.schedule.learning_rate(step), norm)
+                self.engine.update(norm)
                 self.model.record_step(
                     loss.fired, self.batch_tokens, loss.batch_threshold_L, self.config.activation.threshold_decay
                 )
@@ -211,6 +211,7 @@ class _Run:
             penalty_scale=self.schedule.penalty_scale(step),
             dead_after_tokens=self.dead_after_tokens,
             per_token=self.schedule.per_token(step),
+            lr=self.schedule.learning_rate(step),
         )
 
     def _record(

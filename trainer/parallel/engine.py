@@ -48,8 +48,8 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor:
         """The exact global norm of the gradients, 0-dim float64."""
 
-    def update(self, lr: float, norm: float) -> None:
-        """Clips to `optim.clip_norm` given the gradients' norm, and updates the parameters."""
+    def update(self, norm: float) -> None:
+        """Clips to `optim.clip_norm` given the gradients' norm, and updates the parameters with the context's `lr`."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name: what a checkpoint holds, and where one is loaded into."""
@@ -65,12 +65,19 @@ class PlainEngine:
         self._device = model.threshold_LF.device
         self._parameters = dict(model.named_parameters())
         self._optimizer = NamedAdam(self._parameters, config.optim)
+        self._lr = 0.0
         # No hook looks at gradients here, so the large ones may be written into memory that lives on.
         model.gradient_buffers.enabled = True
+        self._fused = config.optim.fused_update
+        if self._fused:
+            self._optimizer.register_fused(model.fused_updates)
 
     def backward(self, batch: ActivationBatch, context: StepContext, *, residual: bool = False) -> BatchLoss:
         """See Engine. Microbatches follow one another and their gradients add up."""
+        self._lr = context.lr
         self._optimizer.zero_grad()
+        if self._fused:
+            self._optimizer.begin_fused(self._lr)
         count = batch.mlp_in.shape[0] // self._microbatch
         merged: BatchLoss | None = None
         thresholds: list[Tensor] = []
@@ -89,12 +96,12 @@ class PlainEngine:
 
     def gradient_norm(self) -> Tensor:
         """See Engine."""
-        return gradient_norm(self._parameters)
+        return gradient_norm(self._parameters, self._model.fused_updates.squares())
 
-    def update(self, lr: float, norm: float) -> None:
+    def update(self, norm: float) -> None:
         """See Engine."""
         clip = 0 < self._clip_norm < norm
-        self._optimizer.step(lr, divide_gradients_by=norm / self._clip_norm if clip else 1.0)
+        self._optimizer.step(self._lr, divide_gradients_by=norm / self._clip_norm if clip else 1.0)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See Engine."""
