@@ -37,8 +37,8 @@ BROKEN = [
     ({"optim.beta2": 1.0}, "optim.beta2=1.0"),
     ({"optim.eps": -1.0}, "optim.eps=-1.0"),
     ({"optim.clip_norm": -1.0}, "clip_norm=-1.0"),
-    ({"optim.fused_update": True}, "set optim.clip_norm=0 (got 1.0)"),
-    ({"optim.fused_update": True, "optim.clip_norm": 0.0, "train.microbatch_tokens": 1}, "(got 1)"),
+    ({"optim.fused_update": True}, r"set optim.clip_norm=0 \(got 1.0\)"),
+    ({"optim.fused_update": True, "optim.clip_norm": 0.0, "train.microbatch_tokens": 1}, r"\(got 1\)"),
     (
         {"optim.fused_update": True, "optim.clip_norm": 0.0, "activation.tanh_lambda": 0.1},
         "set activation.tanh_lambda=0",
