@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from activation_store.errors import UserError
-from trainer.config import RunConfig
+from trainer.config import ActivationKind, RunConfig
 from trainer.rules import check_run_config
 
 BROKEN = [
@@ -40,7 +40,12 @@ BROKEN = [
     ({"optim.fused_update": True}, r"set optim.clip_norm=0 \(got 1.0\)"),
     ({"optim.fused_update": True, "optim.clip_norm": 0.0, "train.microbatch_tokens": 1}, r"\(got 1\)"),
     (
-        {"optim.fused_update": True, "optim.clip_norm": 0.0, "activation.tanh_lambda": 0.1},
+        {
+            "optim.fused_update": True,
+            "optim.clip_norm": 0.0,
+            "activation.tanh_lambda": 0.1,
+            "activation.kind": ActivationKind.relu,
+        },
         "set activation.tanh_lambda=0",
     ),
     ({"schedule.warmup_steps": -1}, "warmup_steps=-1"),
