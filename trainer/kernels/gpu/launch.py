@@ -1,0 +1,58 @@
+"""How the sparse kernels cut their work: chunks of columns, and which operand is rounded where."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Half of the 50 MB L2 cache of an H100 or H200, whose two halves may hold the same line twice.
+_CACHE_BYTES = 24 * 2**20
+# A table is copied to 16 bits before the gathers when its rows are read more often than this on average: the copy
+# moves 6 bytes a value, a gather from the copy 2 instead of 4.
+_READS_WORTH_A_COPY = 3
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_kernel(*tensors: Tensor) -> bool:
+    """Whether the kernels take these dtypes; float64 goes to the reference."""
+    return all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+
+
+def chunk_columns(table_RC: Tensor) -> int:
+    """Columns that one program handles: 512 bytes of a row, or 256 where only these make the chunk fit the cache.
+
+    All programs of a chunk run before those of the next one, so that a gathered chunk is read from memory once.
+    """
+    row_bytes = 512
+    if 256 * table_RC.shape[0] <= _CACHE_BYTES < row_bytes * table_RC.shape[0]:
+        row_bytes = 256
+    return row_bytes // table_RC.element_size()
+
+
+def gathered_table(table_RC: Tensor, n_entries: int, compute_dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The table to gather from, and whether the kernel still has to round its values to bfloat16."""
+    if not rounds(table_RC, compute_dtype):
+        return table_RC, False
+    if n_entries > _READS_WORTH_A_COPY * table_RC.shape[0]:
+        return table_RC.to(compute_dtype), False
+    return table_RC, True
+
+
+def rounds(tensor: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether products in `compute_dtype` (float32 or bfloat16) round this operand."""
+    return compute_dtype == torch.bfloat16 and tensor.dtype != torch.bfloat16
+
+
+def run(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, num_warps: int = 1, **constexprs: Any) -> None:
+    """Launch on the device of `like`."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, num_warps=num_warps, **constexprs)
+
+
+def blocks(n: int, size: int) -> int:
+    """Number of blocks of `size` that cover n."""
+    return int(triton.cdiv(n, size))
