@@ -1,196 +1,244 @@
-"""Time and memory of a whole training step: the sparse step of trainer against a tuned dense step.
+"""Time and memory of a whole training step: the modes of the trainer against a tuned dense step.
 
-    python -m benchmarks.step                          both of the standard shapes, time and memory
-    python -m benchmarks.step --shape 6,256,4096,1024,16 --pairs 15 --kind batchtopk
+    python -m benchmarks.step                                      the standard shapes: modes, memory, selections
+    python -m benchmarks.step --shape 6,256,4096,1024,16 --breakdown
+    python -m benchmarks.step --data runs/demo/store --shape 0,0,1024,1024,8     real rows (L and d are the store's)
+    python -m benchmarks.step --write benchmarks/results/step.md
 
-The dense step does what a careful dense trainer would: one matmul per source layer for all its targets, torch.topk,
-gradients by hand into kept buffers, clipping by the exact global norm, fused torch Adam. Both steps start from the same
-parameters and see the same batch.
-Times are medians over pairs that alternate in one process, so that a busy machine disturbs both alike; the ratio is the
-median of the pairs' ratios. Peak memory is the resident-set peak of a process that runs one of them alone.
+modes      `reference` and `cpu` (exact clip, then dense Adam), `cpu fused` (update in the backward pass, no clip); on
+           CUDA `triton`, fp32 and bf16; each against the dense step of its precision (benchmarks.dense_step)
+memory     peak of each mode in its own process, over that of parameters and Adam's states in fp32 (12 bytes each)
+selection  BatchTopK and JumpReLU at the L0 of TopK, against the TopK step of the same backend
+breakdown  where a step's time goes, each part next to its floor (benchmarks.breakdown)
+
+Times are medians over rounds in which the two steps take turns in one process; a ratio is the median of the rounds'
+ratios. All start from the same parameters and see the same batch, and dense and sparse losses must agree. On a CPU,
+freed memory stays with the process, as in training (trainer.memory). Random rows have no hot features, real ones have.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from trainer.config import ActivationConfig, ActivationKind
-from trainer.loss import StepContext, compute_loss
-from trainer.model.clt import CrossLayerTranscoder
-from trainer.model.spec import ModelSpec
+from activation_store.batch import ActivationBatch
+from benchmarks.breakdown import breakdown_table
+from benchmarks.measure import PeakMemory, command, machine, median_ratio, table, take_turns, write_page
+from benchmarks.steps import (
+    MODES,
+    RECIPE_BANDWIDTH,
+    Mode,
+    Shape,
+    band,
+    band_share,
+    build_step,
+    modes_for,
+    random_batch,
+    store_batch,
+)
+from trainer.memory import freed_memory_kept
 
-# L, d, F, B, K of issue "Kernels".
-SHAPES = ((6, 256, 4096, 1024, 16), (30, 576, 1024, 1024, 8))
-LR = 1e-3
-Step = Callable[[Tensor, Tensor], float]
-
-
-def clip_and_update(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Exact global norm, clip at 1, Adam."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    torch._foreach_mul_(gradients, torch.clamp(1.0 / norm, max=1.0))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def sparse_step(shape: tuple[int, ...], kind: str, scope: str) -> Step:
-    """One step of trainer: loss, backward, clip, Adam."""
-    n_layers, d_model, n_features, _, k = shape
-    spec = ModelSpec(n_layers=n_layers, d_model=d_model, n_features=n_features, kind=kind, k=k, scope=scope)
-    model = CrossLayerTranscoder(spec, seed=0)
-    model.gradient_buffers.enabled = True
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
-    activation = ActivationConfig(kind=ActivationKind(kind), k=k)
-    context = StepContext(k=k, penalty_scale=1.0, dead_after_tokens=10**9)
-
-    def step(x_BLD: Tensor, y_BLD: Tensor) -> float:
-        output = compute_loss(model, x_BLD, y_BLD, context, activation=activation)
-        output.total.backward()  # type: ignore[no-untyped-call]
-        clip_and_update(parameters, optimizer)
-        model.record_step(output.fired, x_BLD.shape[0], output.batch_threshold_L)
-        return float(output.total.detach())
-
-    return step
-
-
-class DenseStep:
-    """The same TopK step, dense and tuned: gradients by hand into kept buffers, so that nothing is copied or zeroed
-    beyond what the matmuls need."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        n_layers, d_model, n_features, _, self.k = shape
-        model = CrossLayerTranscoder(ModelSpec(n_layers=n_layers, d_model=d_model, n_features=n_features, k=self.k))
-        self.layers = [
-            (layer.W_enc.detach(), layer.b_enc.detach(), layer.W_dec.detach().flatten(1))
-            for layer in model.source_layers
-        ]
-        self.b_dec = torch.zeros(n_layers * d_model)
-        self.parameters = [*(p for layer in self.layers for p in layer), self.b_dec]
-        self.gradients = [torch.empty_like(p) for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
-
-    def __call__(self, x_BLD: Tensor, y_BLD: Tensor) -> float:
-        codes = []
-        error_BC = self.b_dec - y_BLD.flatten(1)
-        for s, (W_enc, b_enc, W_dec) in enumerate(self.layers):
-            pre_BF = functional.linear(x_BLD[:, s], W_enc, b_enc)
-            values_Bk, ids_Bk = torch.topk(pre_BF, self.k, dim=1, sorted=False)
-            a_BF = pre_BF.zero_().scatter_(1, ids_Bk, values_Bk.relu_())
-            error_BC[:, -W_dec.shape[1] :].addmm_(a_BF, W_dec)
-            codes.append(a_BF)
-        loss = float(error_BC.square().sum()) / x_BLD.shape[0]
-        grad_BC = error_BC.mul_(2 / x_BLD.shape[0])
-        for s, (_, _, W_dec) in enumerate(self.layers):
-            grad_W_enc, grad_b_enc, grad_W_dec = self.gradients[3 * s : 3 * s + 3]
-            suffix_BC = grad_BC[:, -W_dec.shape[1] :]
-            torch.mm(codes[s].t(), suffix_BC, out=grad_W_dec)
-            grad_pre_BF = (suffix_BC @ W_dec.t()).mul_(codes[s] > 0)
-            torch.mm(grad_pre_BF.t(), x_BLD[:, s], out=grad_W_enc)
-            torch.sum(grad_pre_BF, dim=0, out=grad_b_enc)
-        torch.sum(grad_BC, dim=0, out=self.gradients[-1])
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        clip_and_update(self.parameters, self.optimizer)
-        return loss
-
-
-def batch(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Random inputs and targets (B, L, D)."""
-    n_layers, d_model, _, n_tokens, _ = shape
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(n_tokens, n_layers, d_model, generator=generator),
-        torch.randn(n_tokens, n_layers, d_model, generator=generator),
-    )
-
-
-def build(name: str, shape: tuple[int, ...], kind: str, scope: str) -> Step:
-    """The step of that name."""
-    return DenseStep(shape) if name == "dense" else sparse_step(shape, kind, scope)
-
-
-def measure_times(shape: tuple[int, ...], kind: str, scope: str, pairs: int) -> dict[str, float]:
-    """Median seconds of both steps, and the median ratio of pairs."""
-    x_BLD, y_BLD = batch(shape)
-    steps = {name: build(name, shape, kind, scope) for name in ("dense", "sparse")}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(pairs + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name].append(step(x_BLD, y_BLD))
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    if kind == "topk" and scope == "layer":
-        difference = max(abs(a / b - 1) for a, b in zip(losses["dense"][:3], losses["sparse"][:3], strict=True))
-        assert difference < 1e-4, f"the two steps do not train the same model: {losses}"
-    ratios = [d / s for d, s in zip(seconds["dense"], seconds["sparse"], strict=True)]
-    return {"dense_s": median(seconds["dense"]), "sparse_s": median(seconds["sparse"]), "speedup": median(ratios)}
-
-
-def peak_mib(name: str, shape: tuple[int, ...], kind: str, scope: str) -> float:
-    """Peak resident set that three steps add to a process that has only imported."""
-    command = [sys.executable, "-m", "benchmarks.step", "--peak-of", name, "--kind", kind, "--scope", scope]
-    command += ["--shape", ",".join(map(str, shape)), "--threads", str(torch.get_num_threads())]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_mib"])
-
-
-def peak_resident_mib() -> float:
-    """Peak resident set of this process since it was started."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def run_for_peak(name: str, shape: tuple[int, ...], kind: str, scope: str) -> None:
-    """Child process of `peak_mib`."""
-    before = peak_resident_mib()
-    x_BLD, y_BLD = batch(shape)
-    step = build(name, shape, kind, scope)
-    for _ in range(3):
-        step(x_BLD, y_BLD)
-    print(json.dumps({"peak_mib": peak_resident_mib() - before}))
+# The issue's shapes, with the rounds that fit into minutes on two cores; on CUDA GPT-2's.
+CPU_SHAPES = {Shape(6, 256, 4096, 1024, 16): 9, Shape(12, 768, 8192, 512, 32): 3, Shape(30, 576, 1024, 1024, 8): 3}
+CUDA_SHAPES = {Shape(12, 768, 32768, 16384, 32): 9}
+# Warms caches, compilers and autotuners up before a process' memory counts.
+WARM_SHAPE = Shape(2, 64, 256, 64, 4)
+PARTS = ("modes", "memory", "selection", "breakdown")
+# bf16 rounds pre-activations, and with them which entries are selected.
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 2e-2
 
 
 def main() -> None:
-    """Print one line per shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", help="L,d,F,B,K; default: the standard shapes")
-    parser.add_argument("--kind", default="topk", choices=["topk", "batchtopk"])
-    parser.add_argument("--scope", default="layer", choices=["layer", "all_layers"])
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--peak-of", choices=["dense", "sparse"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Prints one section for each shape."""
+    options = _parser().parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    shapes = [tuple(map(int, options.shape.split(",")))] if options.shape else list(SHAPES)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(options.device)
     if options.peak_of:
-        run_for_peak(options.peak_of, shapes[0], options.kind, options.scope)
+        run_for_peak(MODES[options.peak_of], Shape.parse(options.shape), device, options.data)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {options.kind} over {options.scope}")
-    for shape in shapes:
-        n_layers, d_model, n_features, _, _ = shape
-        values = n_features * d_model * (n_layers + n_layers * (n_layers + 1) // 2)
-        times = measure_times(shape, options.kind, options.scope, options.pairs)
-        line = " ".join(f"{name}={size}" for name, size in zip("LdFBK", shape, strict=True))
-        line += f": dense {times['dense_s'] * 1e3:.0f} ms, sparse {times['sparse_s'] * 1e3:.0f} ms"
-        line += f", {times['speedup']:.2f} times faster; parameters + Adam {values * 12 / 2**20:.0f} MiB"
-        if not options.no_memory:
-            for name in ("dense", "sparse"):
-                line += f", peak {name} {peak_mib(name, shape, options.kind, options.scope):.0f} MiB"
-        print(line)
+    sections = [
+        "# Whole training step",
+        f"    {command('benchmarks.step')}",
+        f"Conditions: {machine(device)}. Rows: {'of a store' if options.data else 'random'}.",
+    ]
+    print("\n\n".join(sections), flush=True)
+    for section in _sections(options, device):
+        sections.append(section)
+        print(f"\n{section}", flush=True)
+    if options.write:
+        write_page(options.write, "\n\n".join(sections))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", help="L,d,F,B,K; default: the standard shapes of the device")
+    parser.add_argument("--pairs", type=int, default=0, help="rounds; 0: as many as fit the shape")
+    parser.add_argument("--modes", nargs="*", choices=list(MODES), help="default: all that run here")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:3]))
+    parser.add_argument("--breakdown", action="store_true", help="the breakdown too")
+    parser.add_argument("--data", metavar="STORE", help="rows of this store instead of random ones")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--write", metavar="FILE", help="also write the markdown there")
+    parser.add_argument("--peak-of", choices=list(MODES), help=argparse.SUPPRESS)
+    return parser
+
+
+def _sections(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    standard = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    shapes = [Shape.parse(options.shape)] if options.shape else list(standard)
+    parts = {*options.parts, *(("breakdown",) if options.breakdown else ())}
+    for asked in shapes:
+        shape, batch = make_batch(asked, device, options.data)
+        pairs = options.pairs or standard.get(shape, 5)
+        modes = [mode for mode in modes_for(device) if not options.modes or mode.name in options.modes]
+        sparse = [mode for mode in modes if mode.backend != "dense"]
+        yield (
+            f"## {shape}\n\nParameters and Adam's states: {shape.state_mib:.0f} MiB. "
+            f"Medians of {pairs} rounds after one that does not count."
+        )
+        if "modes" in parts:
+            peaks = {mode.name: peak_mib(mode, shape, options) for mode in modes} if "memory" in parts else {}
+            yield modes_table(sparse, shape, batch, pairs, peaks)
+        if "selection" in parts and sparse:
+            yield selection_table(_main_mode(sparse), shape, batch, pairs)
+        if "breakdown" in parts:
+            for mode in sparse:
+                with freed_memory_kept(device):
+                    yield breakdown_table(mode, shape, batch, calls=pairs)
+
+
+def make_batch(shape: Shape, device: torch.device, data: str | None) -> tuple[Shape, ActivationBatch]:
+    """Random rows, or those of a store, whose L and d then replace the shape's."""
+    return store_batch(data, shape, device) if data else (shape, random_batch(shape, device))
+
+
+def _main_mode(sparse: list[Mode]) -> Mode:
+    """What selections are compared on: the fastest backend's exact clip."""
+    return [mode for mode in sparse if not mode.fused][-1] if any(not mode.fused for mode in sparse) else sparse[-1]
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+def modes_table(sparse: list[Mode], shape: Shape, batch: ActivationBatch, pairs: int, peaks: dict[str, float]) -> str:
+    """Each mode against the dense step of its precision."""
+    rows, dense_s = [], {}
+    for name in ("dense", "dense bf16"):
+        group = [mode for mode in sparse if MODES[name].bf16 == mode.bf16]
+        if not group:
+            continue
+        dense = build_step(MODES[name], shape, batch)
+        for mode in group:
+            seconds = _pair(name, dense, mode, shape, batch, pairs, TOLERANCE_BF16 if mode.bf16 else TOLERANCE)
+            dense_s.setdefault(name, []).extend(seconds[name])
+            ratio = f"{median_ratio(seconds[name], seconds[mode.name]):.2f}"
+            rows.append([mode.name, _ms(seconds[mode.name]), ratio, *_memory(peaks, mode.name, shape)])
+        rows.append([name, _ms(dense_s[name]), "1", *_memory(peaks, name, shape)])
+        del dense
+        gc.collect()
+    header = ["mode", "ms", "times faster than dense", "peak MiB", "over parameters + Adam"]
+    return table(header if peaks else header[:3], rows)
+
+
+def _pair(
+    base_name: str,
+    base: object,
+    mode: Mode,
+    shape: Shape,
+    batch: ActivationBatch,
+    pairs: int,
+    tolerance: float | None,
+) -> dict[str, list[float]]:
+    """Seconds of a step that exists and of a mode's, which is built, measured and dropped."""
+    device = batch.mlp_in.device
+    with freed_memory_kept(device):
+        steps = {base_name: base, mode.name: build_step(mode, shape, batch)}
+        seconds = take_turns(steps, pairs, device, tolerance=tolerance)  # type: ignore[arg-type]
+        del steps
+        gc.collect()
+    return seconds
+
+
+def _ms(seconds: list[float]) -> str:
+    return f"{median(seconds) * 1e3:.0f}" if median(seconds) >= 0.1 else f"{median(seconds) * 1e3:.1f}"
+
+
+def _memory(peaks: dict[str, float], name: str, shape: Shape) -> list[str]:
+    return [f"{peaks[name]:.0f}", f"{peaks[name] / shape.state_mib:.2f}"] if name in peaks else []
+
+
+# --- selections ------------------------------------------------------------------------------------------------------
+
+
+def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int) -> str:
+    """BatchTopK and JumpReLU at the L0 of TopK."""
+    found = band(shape, batch)
+    narrow = replace(base, name="JumpReLU", kind="jumprelu", bandwidth=found.bandwidth)
+    variants = [
+        replace(base, name="BatchTopK per layer", kind="batchtopk"),
+        replace(base, name="BatchTopK over all layers", kind="batchtopk", scope="all_layers"),
+        narrow,
+        replace(narrow, name="JumpReLU, tanh penalty", tanh=True),
+        replace(narrow, name="JumpReLU, the recipe's eps", bandwidth=RECIPE_BANDWIDTH),
+    ]
+    topk = build_step(base, shape, batch)
+    rows = []
+    for mode in variants:
+        wide = mode.kind == "jumprelu" and mode.bandwidth == RECIPE_BANDWIDTH
+        # Without a goal, and dense: slow where the shape is large.
+        seconds = _pair("TopK", topk, mode, shape, batch, min(pairs, 2) if wide else pairs, None)
+        eps = share = "-"
+        if mode.kind == "jumprelu":
+            eps = f"{mode.bandwidth:.3g}"
+            share = f"{100 * band_share(shape, batch, found.thetas, mode.bandwidth):.2f}%"
+        times = median_ratio(seconds[mode.name], seconds["TopK"])
+        rows.append([mode.name, _ms(seconds[mode.name]), _ms(seconds["TopK"]), f"{times:.2f}", eps, share])
+    lines = [
+        f"Selections at L0 = {shape.k} per layer, mode `{base.name}`. The band of the narrow JumpReLU holds on average "
+        f"{found.further:.1f} entries per token and layer beside the {shape.k} active ones; `band` is the share of all "
+        "pre-activations within eps / 2 of theta.",
+        table(["selection", "ms", "TopK beside it, ms", "times TopK", "eps", "band"], rows),
+    ]
+    return "\n\n".join(lines)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float:
+    """Peak of a process of its own."""
+    words = [sys.executable, "-m", "benchmarks.step", "--peak-of", mode.name, "--shape", shape.words]
+    words += ["--threads", str(torch.get_num_threads()), "--device", options.device]
+    words += ["--data", options.data] if options.data else []
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}")
+    return float(json.loads(done.stdout)["peak_mib"])
+
+
+def run_for_peak(mode: Mode, shape: Shape, device: torch.device, data: str | None) -> None:
+    """The process of `peak_mib`: what three steps, their batch and their model add to what is loaded."""
+    with freed_memory_kept(device):
+        build_step(mode, WARM_SHAPE, random_batch(WARM_SHAPE, device))()
+        gc.collect()
+    memory = PeakMemory(device)
+    with freed_memory_kept(device):
+        memory.start()
+        shape, batch = make_batch(shape, device, data)
+        step = build_step(mode, shape, batch)
+        for _ in range(3):
+            step()
+        print(json.dumps({"peak_mib": memory.added_mib()}))
 
 
 if __name__ == "__main__":
