@@ -222,20 +222,24 @@ class EngineConfig:
 
 
 class KernelBackend(StrEnum):
-    """Implementation of the sparse ops; `auto` takes the fastest that this machine can run."""
+    """Implementation of the sparse ops: `reference` is plain torch, `cpu` numba, `triton` for CUDA devices."""
 
     auto = "auto"
     reference = "reference"
+    cpu = "cpu"
+    triton = "triton"
 
 
 @dataclass(kw_only=True, slots=True)
 class KernelsConfig:
     """Sparse kernels, and when to go dense instead."""
 
-    # Which implementation.
+    # Which implementation: auto takes triton on CUDA, cpu (numba) on a CPU, and reference (plain torch) where these do
+    # not run.
     backend: KernelBackend = KernelBackend.auto
-    # relu and jumprelu: a layer whose share of active (and band) entries exceeds this takes the dense path.
-    dense_above_density: float = 0.05
+    # A layer whose share of active entries (jumprelu: and band entries) exceeds this is computed by dense products;
+    # null: where these are faster, as measured by `layerloom tune` on this machine, else from a table in the code.
+    dense_above_density: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)

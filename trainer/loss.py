@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ActivationConfig, KernelsConfig
+from trainer.model.break_even import shipped_break_even
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.features import LayerCodes
 from trainer.model.functions import squared_error
@@ -97,7 +98,7 @@ def compute_loss(
             runtime,
             k=context.k,
             per_token=context.per_token,
-            max_density=kernels.dense_above_density,
+            max_density=_max_density(model, kernels, runtime),
             norms=norms,
             c=activation.tanh_c,
         )
@@ -125,6 +126,14 @@ def compute_loss(
             codes=result.codes,
             y_hat_BTD=result.y_hat_BTD.detach(),
         )
+
+
+def _max_density(model: CrossLayerTranscoder, kernels: KernelsConfig, runtime: Runtime) -> float:
+    """The share of selected entries above which a layer goes dense."""
+    if kernels.dense_above_density is not None:
+        return kernels.dense_above_density
+    device = model.threshold_LF.device.type
+    return shipped_break_even(runtime.kernels.name, device, runtime.compute_dtype, model.spec).density
 
 
 def check_losses(model: CrossLayerTranscoder, activation: ActivationConfig) -> None:

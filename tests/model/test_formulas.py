@@ -45,23 +45,33 @@ def test_losses_and_gradients_equal_the_reference(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("span", ["cross_layer", "per_layer"])
-@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batchtopk"])
 def test_the_dense_path_equals_the_reference(kind: str, span: str, skip: bool) -> None:
     model, x, y = make_model(kind=kind, span=span, skip=skip)
     check_against_reference(model, x, y, KernelsConfig(dense_above_density=0.0))
 
 
-def test_the_dense_path_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_path_of_relu_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [slice(0, 50), slice(50, 100), slice(100, 127)]
     monkeypatch.setattr("trainer.model.dense.feature_blocks", lambda n: blocks)
     model, x, y = make_model(kind="jumprelu")
     check_against_reference(model, x, y, KernelsConfig(dense_above_density=0.0))
 
 
+@pytest.mark.parametrize("scope", ["layer", "all_layers"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_the_dense_path_of_topk_in_several_blocks(kind: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """41 tokens in blocks of 11; with selection over all layers some tokens select nothing in a layer."""
+    monkeypatch.setattr("trainer.model.dense_codes._MIN_BLOCK", 1)
+    model, x, y = make_model(kind=kind, scope=scope, score="decoder_norm")
+    check_against_reference(model, x, y, KernelsConfig(dense_above_density=0.0))
+
+
+@pytest.mark.parametrize("dense_above", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batchtopk"])
-def test_gradients_written_into_kept_buffers_are_the_same(kind: str) -> None:
+def test_gradients_written_into_kept_buffers_are_the_same(kind: str, dense_above: float) -> None:
     """Two microbatches, then a second step into the same buffers."""
-    config, kernels = all_losses(make_model(kind=kind)[0])[0], KernelsConfig(dense_above_density=1.0)
+    config, kernels = all_losses(make_model(kind=kind)[0])[0], KernelsConfig(dense_above_density=dense_above)
     grads = []
     for enabled in (False, True):
         model, x, y = make_model(kind=kind)

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.kernels import batch_threshold, fused_adam_rows, row_sums, sparse_backward
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.build_csc import build_csc
-from trainer.kernels.dispatch import REFERENCE, kernels
+from trainer.kernels.dispatch import REFERENCE
 from trainer.kernels.encode_jumprelu import encode_jumprelu
 from trainer.kernels.encode_topk import Selection, encode_topk
 from trainer.kernels.selection import largest, lower_bound, topk_rows
@@ -252,9 +252,3 @@ def test_bf16_operands() -> None:
     assert float((dots - wanted).abs().max()) < 2**-8 * float(wanted.abs().max())
     weights = sparse_backward.row_gradients(build_csc(ids, tokens, 64), values, grad.float(), torch.bfloat16)
     assert float((weights - dense.T @ grad).abs().max()) < 2**-8 * float((dense.T @ grad).abs().max())
-
-
-def test_backends() -> None:
-    assert kernels("auto").name == kernels("reference").name == "reference"
-    with pytest.raises(ValueError, match=r"kernels\.backend=fpga is unknown"):
-        kernels("fpga")

@@ -1,10 +1,13 @@
 """Which implementation of the sparse ops runs.
 
 A backend is a set of the ops below with the same signatures; `reference` (plain torch, any device) is the truth in
-tests.
+tests. The rule of `auto`: triton on CUDA, cpu (numba) on a CPU in float32, each if it imports; else reference.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -196,12 +199,94 @@ REFERENCE = Kernels(
 )
 
 
-def kernels(backend: str = "auto") -> Kernels:
-    """The backend of that name; `auto` takes the fastest that this machine can run.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that a rule or a user chose, and why, in a few words."""
+
+    kernels: Kernels
+    reason: str
+
+
+def _cpu() -> Kernels:
+    from trainer.kernels.cpu.backend import CPU
+
+    return CPU
+
+
+def _triton() -> Kernels:
+    from trainer.kernels.gpu.backend import TRITON
+
+    return TRITON
+
+
+# Imported only when chosen. The package is what a user installs when the import fails.
+_COMPILED: dict[str, Callable[[], Kernels]] = {"cpu": _cpu, "triton": _triton}
+_PACKAGES = {"cpu": "numba", "triton": "triton"}
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}
+BACKENDS = ("auto", "reference", *_COMPILED)
+
+
+def kernels(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Kernels:
+    """The backend of that name for tensors of `dtype` on `device`; `auto` takes the fastest that runs there.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend, or one that does not run there; says what does.
     """
-    if str(backend) in {"auto", "reference"}:
-        return REFERENCE
-    raise ValueError(f"kernels.backend={backend} is unknown; use auto or reference")
+    return choose(backend, device, dtype).kernels
+
+
+def choose(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+    """As `kernels`, with the reason."""
+    return _choose(str(backend), torch.device(device).type, dtype)
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for an unknown backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels.backend={backend} is unknown; use one of {', '.join(BACKENDS)}")
+
+
+@cache
+def _choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
+    check_name(backend)
+    if backend == "auto":
+        return _fastest(device, dtype)
+    if backend == "reference":
+        return Choice(REFERENCE, "as asked for")
+    if _DEVICES[backend] != device and not (backend == "triton" and _interpreted()):
+        raise ValueError(
+            f"kernels.backend={backend} runs on device={_DEVICES[backend]}, not on {device}; use kernels.backend=auto, "
+            f"or device={_DEVICES[backend]}"
+        )
+    try:
+        return Choice(_COMPILED[backend](), "as asked for")
+    except ImportError as error:
+        raise ValueError(
+            f"kernels.backend={backend} needs {_PACKAGES[backend]}, which does not import ({_one_line(error)}); "
+            f"pip install {_PACKAGES[backend]}, or use kernels.backend=reference"
+        ) from error
+
+
+def _fastest(device: str, dtype: torch.dtype) -> Choice:
+    backend = next((name for name, its_device in _DEVICES.items() if its_device == device), None)
+    if backend is None:
+        return Choice(REFERENCE, f"auto: no compiled kernels for device {device}")
+    if backend == "cpu" and dtype != torch.float32:
+        return Choice(REFERENCE, f"auto: the compiled kernels of a CPU take float32, not {_name(dtype)}")
+    try:
+        return Choice(_COMPILED[backend](), f"auto: {_name(dtype)} on {'CUDA' if device == 'cuda' else 'a CPU'}")
+    except ImportError as error:
+        return Choice(REFERENCE, f"auto: {_PACKAGES[backend]} does not import ({_one_line(error)})")
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels.dispatch import kernels
+from trainer.kernels.dispatch import Kernels, check_name, kernels
 from trainer.kernels.encode_topk import Selection
 from trainer.model.activation import select_all_layers, select_layer
 from trainer.model.collectives import Collectives, IdentityCollectives
@@ -35,7 +35,8 @@ class CrossLayerTranscoder(nn.Module):
         spec: shape and behaviour.
         seed: of the initialisation (drawn on the CPU, layer after layer).
         collectives: sums over a device mesh; the default is one device.
-        backend: kernel backend (`auto`, `reference`).
+        backend: of the kernels: auto, reference, cpu, triton. What runs is resolved where the model lies when it is
+            used, so that `model.to(device)` may follow.
 
     Buffers (all part of checkpoints): input_shift_LD, input_scale_LD, target_shift_LD, target_scale_LD;
     threshold_LF, the inference rule in units of the pre-activation, NaN until calibrated; running_threshold_L, the
@@ -56,7 +57,8 @@ class CrossLayerTranscoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.collectives: Collectives = collectives if collectives is not None else IdentityCollectives()
-        self.kernels = kernels(backend)
+        check_name(backend)
+        self.backend = backend
         self.gradient_buffers, self.fused_updates = GradientBuffers(), FusedUpdates()
         self.layers = nn.ModuleList(SourceLayer(spec, index) for index in range(spec.n_layers))
         generator = torch.Generator().manual_seed(seed)
@@ -81,6 +83,15 @@ class CrossLayerTranscoder(nn.Module):
     def source_layers(self) -> list[SourceLayer]:
         """The source layers, in order."""
         return cast(list[SourceLayer], list(self.layers))
+
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels that run where the model lies now.
+
+        Raises:
+            ValueError: the backend does not run there.
+        """
+        return kernels(self.backend, self.threshold_LF.device, self.threshold_LF.dtype)
 
     # --- scaling -----------------------------------------------------------------------------------------------------
 

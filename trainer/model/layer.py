@@ -13,6 +13,7 @@ from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.collectives import Partition
 from trainer.model.dense import DenseLayer, DenseOutput
+from trainer.model.dense_codes import DenseCodes
 from trainer.model.features import LayerCodes
 from trainer.model.functions import DecodeInto, EncodeValues, SquaredNorms
 from trainer.model.runtime import Runtime
@@ -158,6 +159,23 @@ class SourceLayer(nn.Module):
             runtime,
         )
         return DenseOutput(*outputs)
+
+    def dense_codes_into(self, y_BTD: Tensor, codes: LayerCodes, x_BD: Tensor, runtime: Runtime) -> Tensor:
+        """topk, batchtopk: as `attach` and `decode_into` together, by matrix products."""
+        y: Tensor = self(
+            DenseCodes.apply,
+            y_BTD,
+            x_BD,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            self.W_skip,
+            codes,
+            self.targets,
+            runtime,
+        )
+        return y
 
 
 def _parameter(partition: Partition, *shape: int) -> nn.Parameter:

@@ -17,9 +17,9 @@ from trainer.model.runtime import Runtime
 class TrainingPass:
     """What a training forward leaves behind.
 
-    y_hat_BTD scaled; codes: per layer, detached, None where the dense path ran; active_counts: per layer 0-dim, with
-    theta's gradient for jumprelu; tanh_sums: per layer 0-dim sum over tokens and features (zero without a penalty);
-    fired: per layer (F) bool.
+    y_hat_BTD scaled; codes: per layer, detached, None where the dense path of relu and jumprelu ran; active_counts: per
+    layer 0-dim, with theta's gradient for jumprelu; tanh_sums: per layer 0-dim sum over tokens and features (zero
+    without a penalty); fired: per layer (F) bool.
     """
 
     y_hat_BTD: Tensor
@@ -45,7 +45,7 @@ def training_pass(
     Args:
         runtime: from `model.running()`.
         k, per_token: as in `model.select`.
-        max_density: relu and jumprelu layers with a larger share of active and band entries take the dense path.
+        max_density: layers with a larger share of selected entries (active, or in the band) take a dense path.
         norms: per layer decoder norms (F) for the tanh penalty, or None without it; c: its steepness.
     """
     selections = model.select(x_BLD, runtime, k=k, max_density=max_density, per_token=per_token)
@@ -56,6 +56,11 @@ def training_pass(
         codes = None
         if selection is None:
             y_BTD, count, tanh_sum, fired_F = layer.dense_into(y_BTD, x_BD, norm_F, c, runtime)
+        elif model.spec.is_topk and selection.values.numel() > max_density * x_BD.shape[0] * model.spec.n_features:
+            codes = LayerCodes(*selection, model.spec.n_features)
+            y_BTD = layer.dense_codes_into(y_BTD, codes, x_BD, runtime)
+            count, tanh_sum = y_BTD.new_tensor(float(selection.values.numel())), y_BTD.new_zeros(())
+            fired_F = codes.fired()
         else:
             codes, count = layer.attach(selection, x_BD, runtime)
             tanh_sum = y_BTD.new_zeros(())
