@@ -1,16 +1,25 @@
 """From configs to a model: its specification, its scaling, its initial parameters."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from activation_store.statistics import ScalingStatistics
-from trainer.config import ActivationConfig, ActivationKind, ModelConfig, RunConfig
+from trainer.config import (
+    ActivationConfig,
+    ActivationKind,
+    Master,
+    ModelConfig,
+    OptimConfig,
+    ParamDtype,
+    RunConfig,
+    StateDtype,
+)
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.scaling import shift_and_scale
 from trainer.model.spec import ModelSpec
-
-# Adam's two moments, and the parameter itself.
-_CHECKPOINT_VALUES_PER_PARAMETER = 3
+from trainer.state_formats import block_count
 
 
 def model_spec(model: ModelConfig, activation: ActivationConfig, n_layers: int, d_model: int) -> ModelSpec:
@@ -60,15 +69,48 @@ def build_model(
 
 def parameter_count(spec: ModelSpec) -> int:
     """Parameters of a model of this specification."""
-    per_layer = spec.n_features * (spec.d_model + 1) + spec.d_model
+    per_layer = spec.n_features + spec.d_model
     if spec.kind == "jumprelu":
         per_layer += spec.n_features
     if spec.skip:
         per_layer += spec.d_model * spec.d_model
-    spans = sum(len(spec.targets(layer)) for layer in range(spec.n_layers))
-    return spec.n_layers * per_layer + spans * spec.n_features * spec.d_model
+    return spec.n_layers * per_layer + table_rows(spec) * spec.d_model
 
 
-def checkpoint_bytes(spec: ModelSpec) -> int:
-    """Bytes of a checkpoint: parameters and moments in float32, and the buffers by feature (float32 and int64)."""
-    return 4 * _CHECKPOINT_VALUES_PER_PARAMETER * parameter_count(spec) + 12 * spec.n_layers * spec.n_features
+def table_rows(spec: ModelSpec) -> int:
+    """Vectors of d_model numbers in W_enc and W_dec of all layers."""
+    return spec.n_features * sum(1 + len(spec.targets(layer)) for layer in range(spec.n_layers))
+
+
+@dataclass(frozen=True, slots=True)
+class TableBytes:
+    """Bytes that W_enc and W_dec take: themselves, their float32 masters (0: none), and Adam's two moments."""
+
+    weights: int
+    master: int
+    moments: int
+
+
+def table_bytes(spec: ModelSpec, optim: OptimConfig) -> TableBytes:
+    """What `optim` stores for W_enc and W_dec of all layers."""
+    rows, values = table_rows(spec), table_rows(spec) * spec.d_model
+    low = optim.param_dtype is ParamDtype.bf16
+    moment = {
+        StateDtype.fp32: 4 * values,
+        StateDtype.bf16: 2 * values,
+        StateDtype.int8: values + 4 * rows * block_count(spec.d_model),
+    }
+    return TableBytes(
+        weights=(2 if low else 4) * values,
+        master=4 * values if low and optim.master is Master.fp32 else 0,
+        moments=2 * moment[optim.state_dtype],
+    )
+
+
+def checkpoint_bytes(spec: ModelSpec, optim: OptimConfig) -> int:
+    """Bytes of a checkpoint: parameters (masters in place of what is rounded from them), moments, and the buffers by
+    feature (float32 and int64).
+    """
+    tables = table_bytes(spec, optim)
+    others = parameter_count(spec) - table_rows(spec) * spec.d_model
+    return (tables.master or tables.weights) + tables.moments + 12 * others + 12 * spec.n_layers * spec.n_features

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all, verified before they are used, the newest few kept.
 
-    checkpoints/step_00001000/model.safetensors      parameters and buffers
+    checkpoints/step_00001000/model.safetensors      parameters (float32 masters where there are such) and buffers
                               optimizer.safetensors  Adam's moments and steps
                               state.json             everything else, and the size and xxh3-64 of the two above
                               COMPLETE               xxh3-64 of state.json; written last
@@ -41,9 +41,9 @@ class Checkpoint:
     step: int
     state: Mapping[str, Any]
 
-    def load_model(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the model's tensors into those given (a state_dict)."""
-        read_tensors_into(self.path / MODEL_FILE, tensors)
+    def load_model(self, tensors: Mapping[str, Tensor], *, widen: bool = False) -> None:
+        """Copies the model's tensors into those given (a state_dict). widen: bfloat16 ones into float32 ones, too."""
+        read_tensors_into(self.path / MODEL_FILE, tensors, widen=widen)
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the optimizer's tensors into those given."""

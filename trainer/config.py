@@ -132,9 +132,33 @@ class ActivationConfig:
     threshold_decay: float = 0.99
 
 
+class StateDtype(StrEnum):
+    """Adam's moments of W_enc and W_dec: `fp32`; `bf16`, rounded stochastically; `int8`, 8 bit in blocks of at most 256
+    of a row, rounded stochastically.
+    """
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+class ParamDtype(StrEnum):
+    """W_enc and W_dec as the forward and backward pass see them. Their gradients are float32 either way."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Master(StrEnum):
+    """What bf16 parameters are updated in: `fp32`, a copy that the optimizer keeps; `none`, stochastic rounding."""
+
+    fp32 = "fp32"
+    none = "none"
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """Adam and gradient clipping."""
+    """Adam, gradient clipping, and the precision of what Adam keeps."""
 
     # Learning rate after the warm-up.
     lr: float = 4e-3
@@ -144,6 +168,15 @@ class OptimConfig:
     eps: float = 1e-8
     # Clip by the exact global norm; 0: off.
     clip_norm: float = 1.0
+    # Adam's two moments of W_enc and W_dec: fp32 (8 bytes a parameter), bf16 (4) or int8 (2). Biases, thresholds and
+    # W_skip keep fp32.
+    state_dtype: StateDtype = StateDtype.fp32
+    # W_enc and W_dec: fp32 (4 bytes a parameter) or bf16 (2; products with train.precision=bf16 then read them as they
+    # are).
+    param_dtype: ParamDtype = ParamDtype.fp32
+    # With param_dtype=bf16: fp32 keeps a copy (4 bytes more), which is updated, saved, measured and published; none
+    # rounds each update stochastically into the parameter.
+    master: Master = Master.fp32
     # Update W_enc and W_dec inside the backward pass: their gradients never exist, which saves memory and time. Needs
     # clip_norm=0 and one microbatch per update. In steps with a second gradient (AuxK, pre-activation loss) they do.
     fused_update: bool = False

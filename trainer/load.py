@@ -61,10 +61,13 @@ def load_run(run: Path | str, *, device: str = "cpu") -> LoadedRun:
 
 
 def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> CrossLayerTranscoder:
-    """The model of this very checkpoint, in eval mode. Raises UserError if training has removed it in the meantime."""
+    """The model of this very checkpoint, in float32 and eval mode.
+
+    Raises UserError if training has removed it in the meantime.
+    """
     model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=config.kernels.backend.value)
     try:
-        checkpoint.load_model(model.state_dict())
+        checkpoint.load_model(model.state_dict(), widen=True)
     except FileNotFoundError:
         raise UserError(
             f"checkpoint {checkpoint.path} was removed while it was about to be read: its run is being trained; try "

@@ -2,24 +2,27 @@
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)
 
-Dense: a row whose gradient is zero still decays its moments and moves.
+Dense: a row whose gradient is zero still decays its moments and moves. What is not all in float32 is updated by
+`trainer.table_adam`, the rest by torch's Adam.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from trainer.config import OptimConfig
+from trainer.config import OptimConfig, ParamDtype, StateDtype
 from trainer.kernels.fused_adam_rows import AdamHyper
 from trainer.model.runtime import FusedUpdates
+from trainer.table_adam import TableAdam
 
 # Where torch has an Adam in one kernel. Elsewhere it goes op by op.
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _STATE_NAMES = ("exp_avg", "exp_avg_sq")
-# What optim.fused_update updates in the backward pass: nearly all of a model.
-FUSED_PARAMETERS = ("W_enc", "W_dec")
+# Nearly all of a model: what optim.fused_update updates in the backward pass, and what the precisions are for.
+TABLES = ("W_enc", "W_dec")
 
 
 class NamedAdam:
@@ -28,8 +31,15 @@ class NamedAdam:
     The fused kernel divides gradients by a given number as it reads them, so that clipping costs no pass of its own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, *, seed: int = 0) -> None:
+        """Turns W_enc and W_dec into what `config` wants them stored as. seed: of the stochastic rounding."""
+        low = config.state_dtype is not StateDtype.fp32 or config.param_dtype is not ParamDtype.fp32
+        self._tables = {
+            name: TableAdam(name, parameter, config, seed=seed)
+            for name, parameter in parameters.items()
+            if low and is_table(name)
+        }
+        self.parameters = {name: parameter for name, parameter in parameters.items() if name not in self._tables}
         self._fused_updates: FusedUpdates | None = None
         device = next(iter(self.parameters.values())).device
         self._fused = device.type in _FUSED_DEVICES
@@ -52,6 +62,8 @@ class NamedAdam:
                 self._adam.state[parameter]["step"] += 1
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        for table in self._tables.values():
+            table.step(lr, divide_gradients_by=divide_gradients_by)
         for group in self._adam.param_groups:
             group["lr"] = lr
         if divide_gradients_by == 1.0:
@@ -79,7 +91,7 @@ class NamedAdam:
         self._fused_updates = fused
         tensors = self.tensors()
         for name, parameter in self.parameters.items():
-            if name.rpartition(".")[2] in FUSED_PARAMETERS:
+            if is_table(name):
                 fused.register(parameter, *(tensors[f"{name}.{key}"] for key in _STATE_NAMES))
 
     def begin_fused(self, lr: float) -> None:
@@ -93,10 +105,28 @@ class NamedAdam:
     def zero_grad(self) -> None:
         """Drops all gradients; large buffers are kept by the model's runtime (`GradientBuffers`)."""
         self._adam.zero_grad(set_to_none=True)
+        for table in self._tables.values():
+            table.parameter.grad = None
+
+    @contextmanager
+    def master_weights(self) -> Iterator[None]:
+        """Until it is left, parameters with a float32 master are that master; then they are rounded from it."""
+        with_master = [table for table in self._tables.values() if table.master is not None]
+        for table in with_master:
+            table.show_master()
+        try:
+            yield
+        finally:
+            for table in with_master:
+                table.hide_master()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by name: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`; made of zeros where there is none yet."""
-        named: dict[str, Tensor] = {}
+        """The state, by name: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`; made of zeros where there is none yet.
+
+        8-bit moments are two tensors each, `.codes` and `.scales`. A float32 master is not among them: it is the
+        parameter of that name while `master_weights` lasts.
+        """
+        named = {name: tensor for table in self._tables.values() for name, tensor in table.tensors().items()}
         for name, parameter in self.parameters.items():
             state = self._adam.state[parameter]
             if not state:
@@ -105,6 +135,11 @@ class NamedAdam:
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
             named |= {f"{name}.{key}": state[key] for key in ("step", *_STATE_NAMES)}
         return named
+
+
+def is_table(name: str) -> bool:
+    """Whether the parameter of that name is one of TABLES."""
+    return name.rpartition(".")[2] in TABLES
 
 
 def gradient_norm(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = ()) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 
 from activation_store.errors import UserError
-from trainer.config import ActivationKind, DecoderInit, RunConfig, Score
+from trainer.config import ActivationKind, DecoderInit, Master, ParamDtype, RunConfig, Score
 
 _TOP_K_KINDS = (ActivationKind.topk, ActivationKind.batchtopk)
 
@@ -148,6 +148,11 @@ def _optim(config: RunConfig) -> Iterator[str]:
         yield f"optim.eps={optim.eps} must not be negative"
     if optim.clip_norm < 0:
         yield f"optim.clip_norm={optim.clip_norm} must not be negative; 0 switches clipping off"
+    if optim.param_dtype is ParamDtype.fp32 and optim.master is Master.none:
+        yield (
+            "optim.master=none has no effect with optim.param_dtype=fp32, which is its own master; use "
+            "optim.param_dtype=bf16, or optim.master=fp32"
+        )
     if optim.fused_update:
         yield from _fused_update(config)
     if schedule.warmup_steps < 0:
@@ -160,6 +165,9 @@ def _optim(config: RunConfig) -> Iterator[str]:
 
 def _fused_update(config: RunConfig) -> Iterator[str]:
     """An update inside the backward pass knows one gradient at a time, and once."""
+    for name in ("state_dtype", "param_dtype"):
+        if (value := getattr(config.optim, name)) != "fp32":
+            yield f"optim.fused_update=true has no kernel for optim.{name}={value} yet; use fp32, or fused_update=false"
     if config.optim.clip_norm > 0:
         yield (
             f"optim.fused_update=true cannot clip by the global norm; set optim.clip_norm=0 "

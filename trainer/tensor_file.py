@@ -62,10 +62,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
     return WrittenFile(n_bytes, digest.hexdigest())
 
 
-def read_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:
+def read_tensors_into(path: Path, targets: Mapping[str, Tensor], *, widen: bool = False) -> None:
     """Copies every tensor of `path` into the one of the same name in `targets`, bit for bit.
 
-    Raises UserError when names, shapes or dtypes differ: the file belongs to another model.
+    widen: bfloat16 may be read into float32 (exact). Raises UserError when names, shapes or dtypes differ otherwise:
+    the file belongs to another model.
     """
     with safe_open(path, framework="pt") as file, torch.no_grad():
         names = set(file.keys())
@@ -75,7 +76,8 @@ def read_tensors_into(path: Path, targets: Mapping[str, Tensor]) -> None:
             raise UserError(f"{path} {where} tensor {odd}; it was written by another version or for another model")
         for name, target in targets.items():
             source = file.get_tensor(name)
-            if source.shape != target.shape or source.dtype != target.dtype:
+            widened = widen and (source.dtype, target.dtype) == (torch.bfloat16, torch.float32)
+            if source.shape != target.shape or (source.dtype != target.dtype and not widened):
                 raise UserError(
                     f"{path}: {name} is {source.dtype} {tuple(source.shape)}, the model's is {target.dtype} "
                     f"{tuple(target.shape)}; it was written for another model"

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from trainer.rows import CalibrationRows, held_out_batches, open_training_store,
 from trainer.rules import check_run_config
 from trainer.run_folder import RunFolder, resume_command
 from trainer.schedule import Schedule, build_schedule, dead_after_tokens
+from trainer.tuned import ChosenKernels, choose_kernels
 
 # Rows from which b_enc is set when model.initial_density asks for it.
 _INITIAL_ROWS = 4_096
@@ -82,7 +83,8 @@ def train(config: RunConfig) -> TrainSummary:
     folder.check(config)
     store = open_training_store(config)
     spec = model_spec(config.model, config.activation, store.n_layers, store.d_model)
-    check_space(folder.path, n_bytes=checkpoint_bytes(spec), keep=config.train.keep_checkpoints)
+    kernels = choose_kernels(config, spec, device)
+    check_space(folder.path, n_bytes=checkpoint_bytes(spec, config.optim), keep=config.train.keep_checkpoints)
     with (
         full_disk_told(folder.path, resume_command(folder.path)),
         folder.locked(),
@@ -99,9 +101,16 @@ def train(config: RunConfig) -> TrainSummary:
         if resumed_from == schedule.total_steps:
             report(f"train: {folder.path} is complete ({resumed_from} steps); nothing to do")
         else:
-            _Run(config, folder=folder, store=store, schedule=schedule, checkpointer=checkpointer, device=device).train(
-                checkpoint
-            )
+            report(f"train: {kernels.line}")
+            _Run(
+                config,
+                folder=folder,
+                store=store,
+                schedule=schedule,
+                checkpointer=checkpointer,
+                device=device,
+                kernels=kernels,
+            ).train(checkpoint)
     seconds = time.monotonic() - started
     metrics = last_metrics(folder)
     if resumed_from != schedule.total_steps:
@@ -130,6 +139,7 @@ class _Run:
         schedule: Schedule,
         checkpointer: Checkpointer,
         device: torch.device,
+        kernels: ChosenKernels,
     ) -> None:
         self.config, self.folder, self.store, self.device = config, folder, store, device
         self.schedule, self.checkpointer = schedule, checkpointer
@@ -141,7 +151,9 @@ class _Run:
         self.calibrated_step: int | None = None
         seed_everything(config.model.seed)
         self.model = self._build()
-        self.engine: Engine = build_engine(config, self.model)
+        self.engine: Engine = build_engine(replace(config, kernels=kernels.config), self.model)
+        density = kernels.config.dense_above_density
+        self.environment = environment(device) | {"kernels": kernels.name, "dense_above_density": density}
 
     def train(self, checkpoint: Checkpoint | None) -> None:
         """The loop."""
@@ -175,7 +187,7 @@ class _Run:
                     log.write(record)
                     note = f"fvu {record['fvu']:.3f}, l0 {record['l0']:.0f}"
                 if step == last_step or (train.eval_every and step % train.eval_every == 0):
-                    with self._continuable(saved_step):
+                    with self._continuable(saved_step), self.engine.master_weights():
                         self._evaluate(step, log)
                 if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
                     saved_step = self._save(step, log)
@@ -266,11 +278,12 @@ class _Run:
             "spec": self.model.spec.to_dict(),
             "calibrated_step": self.calibrated_step,
             "rng": rng_state(),
-            "environment": environment(self.device),
+            "environment": self.environment,
         }
-        self.checkpointer.save(
-            step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
-        )
+        with self.engine.master_weights():
+            self.checkpointer.save(
+                step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
+            )
         return step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -283,7 +296,8 @@ class _Run:
                 f"store.path={self.config.store.path} is not the store that run={self.folder.path} was trained on "
                 f"until step {checkpoint.step}; give that store, or train.fresh=true to start over"
             )
-        checkpoint.load_model(self.model.state_dict())
+        with self.engine.master_weights():
+            checkpoint.load_model(self.model.state_dict())
         checkpoint.load_optimizer(self.engine.optimizer_tensors())
         self.calibrated_step = state["calibrated_step"]
         restore_rng(state["rng"])

@@ -41,10 +41,10 @@ def _die_in_update(monkeypatch: pytest.MonkeyPatch, step: int, first_step: int =
     steps = iter(range(first_step, 10_000))
     real = PlainEngine.update
 
-    def update(self: PlainEngine, lr: float, norm: float) -> None:
+    def update(self: PlainEngine, norm: float) -> None:
         if next(steps) == step:
             raise KilledError
-        real(self, lr, norm)
+        real(self, norm)
 
     monkeypatch.setattr(PlainEngine, "update", update)
 
@@ -131,10 +131,10 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_continue(
     real = PlainEngine.update
     steps = iter(range(1, 100))
 
-    def update(self: PlainEngine, lr: float, norm: float) -> None:
+    def update(self: PlainEngine, norm: float) -> None:
         if next(steps) == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        real(self, lr, norm)
+        real(self, norm)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -163,10 +163,10 @@ def test_ctrl_c_in_the_last_step_saves_and_still_interrupts(
     again = tiny_run(config, tmp_path / "run", ACTIVATIONS["topk"])
     real, steps = PlainEngine.update, iter(range(1, 100))
 
-    def update(self: PlainEngine, lr: float, norm: float) -> None:
+    def update(self: PlainEngine, norm: float) -> None:
         if next(steps) == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-        real(self, lr, norm)
+        real(self, norm)
 
     monkeypatch.setattr(PlainEngine, "update", update)
     with pytest.raises(KeyboardInterrupt):

@@ -37,6 +37,9 @@ BROKEN = [
     ({"optim.beta2": 1.0}, "optim.beta2=1.0"),
     ({"optim.eps": -1.0}, "optim.eps=-1.0"),
     ({"optim.clip_norm": -1.0}, "clip_norm=-1.0"),
+    ({"optim.master": "none"}, "optim.master=none .*param_dtype=fp32"),
+    ({"optim.fused_update": True, "optim.clip_norm": 0.0, "optim.state_dtype": "int8"}, "optim.state_dtype=int8"),
+    ({"optim.fused_update": True, "optim.clip_norm": 0.0, "optim.param_dtype": "bf16"}, "optim.param_dtype=bf16"),
     ({"optim.fused_update": True}, r"set optim.clip_norm=0 \(got 1.0\)"),
     ({"optim.fused_update": True, "optim.clip_norm": 0.0, "train.microbatch_tokens": 1}, r"\(got 1\)"),
     (

@@ -5,6 +5,7 @@ take its place.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +55,9 @@ class Engine(Protocol):
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name: what a checkpoint holds, and where one is loaded into."""
 
+    def master_weights(self) -> AbstractContextManager[None]:
+        """While it lasts, the model's parameters are in the best precision there is: to measure, save and load."""
+
 
 class PlainEngine:
     """One device, plain torch."""
@@ -64,7 +68,7 @@ class PlainEngine:
         self._microbatch = config.train.microbatch_tokens or config.train.batch_size_tokens
         self._device = model.threshold_LF.device
         self._parameters = dict(model.named_parameters())
-        self._optimizer = NamedAdam(self._parameters, config.optim)
+        self._optimizer = NamedAdam(self._parameters, config.optim, seed=config.model.seed)
         self._lr = 0.0
         # No hook looks at gradients here, so the large ones may be written into memory that lives on.
         model.gradient_buffers.enabled = True
@@ -106,6 +110,10 @@ class PlainEngine:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See Engine."""
         return self._optimizer.tensors()
+
+    def master_weights(self) -> AbstractContextManager[None]:
+        """See Engine."""
+        return self._optimizer.master_weights()
 
     def _microbatches(self, batch: ActivationBatch) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, batch.mlp_in.shape[0], self._microbatch):
