@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # Tests share a few cores with one another; sums are then in one order as well.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read when triton is first imported, which torch.optim does: its kernels then run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,9 @@ from trainer.kernels.gpu.launch import blocks, chunk_columns, run
 
 # Entries that one program sums: about 40 microseconds of latency at 8 rows in flight.
 SEGMENT = 256
+# A segment is at least this many times longer than the mean feature: many entries of all features are no imbalance, and
+# the partials stay below half the size of the sums.
+_MEAN_ENTRIES = 4
 # Rows in flight per program.
 ENTRIES = 8
 # Entries whose dots one program adds up over the chunks.
@@ -61,8 +64,7 @@ class RowPass:
 def plan_pass(index: FeatureIndex, table_BC: Tensor, *, sums: bool, dots: bool) -> RowPass:
     """Cut the work; `sums` and `dots` say which scratch is wanted. Nothing waits for the device."""
     n_entries, n_features, n_columns = index.order_N.numel(), index.offsets.numel() - 1, table_BC.shape[1]
-    # Many entries per feature are no imbalance, and the partials stay below half the size of the sums.
-    segment = max(SEGMENT, triton.next_power_of_2(4 * n_entries // max(n_features, 1)))
+    segment = max(SEGMENT, triton.next_power_of_2(_MEAN_ENTRIES * n_entries // max(n_features, 1)))
     n_blocks = blocks(n_entries, segment) if n_entries > segment else 0
     chunk = chunk_columns(table_BC)
     n_chunks = blocks(n_columns, chunk)
