@@ -59,7 +59,8 @@ class SubjectConfig:
     model_name: str = ""
     # Licence of the weights, for manifest and model card (SPDX id).
     license: str = ""
-    # Where converted GGUF subjects are cached; empty: $LAYERLOOM_CACHE or ~/.cache/layerloom.
+    # Where converted GGUF subjects are cached; empty: $LAYERLOOM_CACHE, $XDG_CACHE_HOME/layerloom or
+    # ~/.cache/layerloom.
     cache_dir: str = ""
 
 

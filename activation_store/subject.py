@@ -1,6 +1,5 @@
 """The subject: the frozen language model whose activations are harvested, from a hub, a folder or a GGUF file."""
 
-import os
 import re
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from activation_store.architectures import ArchitectureSpec, architecture_spec
+from activation_store.cache import cache_root
 from activation_store.config import BosRule, SubjectConfig
 from activation_store.errors import UserError
 from activation_store.fingerprint import folder_fingerprint
@@ -164,7 +164,7 @@ def load_subject(cfg: SubjectConfig, *, device: torch.device) -> Subject:
 
 def cache_folder(cfg: SubjectConfig) -> Path:
     """Where converted subjects and digests are kept."""
-    return Path(cfg.cache_dir or os.environ.get("LAYERLOOM_CACHE") or "~/.cache/layerloom").expanduser()
+    return cache_root(cfg.cache_dir)
 
 
 def _describe(cfg: SubjectConfig) -> tuple[SubjectInfo, _Source, Any]:

@@ -24,6 +24,17 @@ class SweepConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TuneConfig:
+    """`layerloom tune`: measures when this machine computes a layer faster by dense products."""
+
+    # Layers and d_model of the transcoder; 0: those of the store at store.path.
+    n_layers: int = 0
+    d_model: int = 0
+    # About how long it may take.
+    seconds: float = 40.0
+
+
+@dataclass(kw_only=True, slots=True)
 class LayerloomConfig(RunConfig):
     """Everything a verb may read. `RunConfig` (trainer.config) is the part that lies beside every checkpoint."""
 
@@ -31,5 +42,6 @@ class LayerloomConfig(RunConfig):
     publish: PublishConfig = field(default_factory=PublishConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     # Folder that publish and sweep write.
     output: str = "runs/demo/published"

@@ -110,6 +110,15 @@ def sweep(config: LayerloomConfig, arguments: Arguments) -> int:
     return run_sweep(config, arguments)
 
 
+def tune(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom tune`."""
+    prepare(config, "tune")
+    from launch.tune import run_tune
+
+    run_tune(config)
+    return 0
+
+
 def demo(config: LayerloomConfig, arguments: Arguments) -> int:
     """`layerloom demo`."""
     prepare(config, "demo")

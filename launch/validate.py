@@ -72,6 +72,15 @@ def _launch(config: LayerloomConfig) -> Iterator[str]:
     yield from _at_least(config.launch, "launch", {"threads": 0})
 
 
+def _tune(config: LayerloomConfig) -> Iterator[str]:
+    tune = config.tune
+    yield from _at_least(tune, "tune", {"n_layers": 0, "d_model": 0})
+    if (tune.n_layers == 0) != (tune.d_model == 0):
+        yield f"tune.n_layers={tune.n_layers}, tune.d_model={tune.d_model}: give both, or neither for the store's"
+    if tune.seconds <= 0:
+        yield f"tune.seconds={tune.seconds} must be greater than 0"
+
+
 def _paths(config: LayerloomConfig, verb: str) -> Iterator[str]:
     """The folders that a verb reads and writes must not be one another."""
     groups, keys = VERBS[verb].groups, VERBS[verb].keys
@@ -99,6 +108,7 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"text"}, _text),
     ({"store"}, _store),
     ({"launch"}, _launch),
+    ({"tune"}, _tune),
     ({"train"}, _train),
     ({"text", "eval"}, _eval),
 )

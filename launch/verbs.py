@@ -71,6 +71,12 @@ VERBS: dict[str, Verb] = {
         "store",
         strict=True,
     ),
+    "tune": Verb(
+        "measures when this machine computes a layer faster by dense products; train uses what it finds",
+        ("store", "model", "activation", "train", "kernels", "tune", "launch", "preset"),
+        ("device",),
+        "tune",
+    ),
     "demo": Verb(
         "harvest, train, evaluate and publish in one go; stages that are done are skipped",
         (*_TRAIN_GROUPS, "eval", "publish", "launch", "preset"),

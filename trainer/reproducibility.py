@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_PACKAGES = ("torch", "numpy", "zarr", "safetensors", "layerloom")
+_PACKAGES = ("torch", "numpy", "zarr", "safetensors", "layerloom", "numba", "triton")
 
 
 def seed_everything(seed: int) -> None:
@@ -48,8 +48,17 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, thread count and hardware: bit-exactness is promised only where these are the same."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"versions": versions, "threads": torch.get_num_threads(), "device": device.type, "hardware": hardware}
+    return {
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "hardware": hardware_name(device),
+    }
+
+
+def hardware_name(device: torch.device) -> str:
+    """The model of the processor or GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def environment_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -301,7 +301,7 @@ class _Run:
         checkpoint.load_optimizer(self.engine.optimizer_tensors())
         self.calibrated_step = state["calibrated_step"]
         restore_rng(state["rng"])
-        if differences := environment_differences(state["environment"], environment(self.device)):
+        if differences := environment_differences(state["environment"], self.environment):
             report(f"train: the same bits are promised only on the same set-up; {'; '.join(differences)}")
         report(f"train: continuing {self.folder.path} from step {checkpoint.step} of {self.schedule.total_steps}")
         return checkpoint.step

@@ -33,7 +33,7 @@ def test_no_yaml_is_left_out() -> None:
 
 def test_the_groups_of_the_contract_are_there() -> None:
     wanted = "subject text store source model activation optim schedule train parallel engine kernels eval publish log"
-    assert set(OPTIONS) == {*wanted.split(), "launch", "sweep", "preset"}
+    assert set(OPTIONS) == {*wanted.split(), "launch", "sweep", "tune", "preset"}
     assert set(group_summaries()) == set(OPTIONS) - {"preset"}
 
 
