@@ -208,9 +208,9 @@ OPS = {
     "fused_adam_rows": Op(
         _fused_adam_rows,
         gathered=lambda i: _entries(i) * i.shape.n_columns * i.compute.itemsize,
-        # Rows and moments, in and out.
-        streamed=lambda i: 2 * i.rows_FC.numel() * (i.rows_FC.element_size() + 8),
-        scratch=lambda i: [i.rows_FC.clone(), i.moments[0].clone(), i.moments[1].clone(), i.grad_BC.to(i.compute)],
+        # Rows and moments, in and out, always in fp32: the fused update has no other.
+        streamed=lambda i: 2 * 12 * i.rows_FC.numel(),
+        scratch=lambda i: [i.rows_FC.float().clone(), *(m.clone() for m in i.moments), i.grad_BC.to(i.compute)],
     ),
     "fused_adam_vector": Op(
         _fused_adam_vector,

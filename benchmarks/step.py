@@ -100,14 +100,15 @@ def _sections(options: argparse.Namespace, device: torch.device) -> Iterator[str
     for asked in shapes:
         shape, batch = make_batch(asked, device, options.data)
         pairs = options.pairs or standard.get(shape, 5)
-        modes = [mode for mode in modes_for(device) if not options.modes or mode.name in options.modes]
-        sparse = [mode for mode in modes if mode.backend != "dense"]
+        sparse = [mode for mode in modes_for(device) if mode.backend != "dense"]
+        sparse = [mode for mode in sparse if not options.modes or mode.name in options.modes]
         yield (
             f"## {shape}\n\nParameters and Adam's states: {shape.state_mib:.0f} MiB. "
             f"Medians of {pairs} rounds after one that does not count."
         )
         if "modes" in parts:
-            peaks = {mode.name: peak_mib(mode, shape, options) for mode in modes} if "memory" in parts else {}
+            wanted = [*sparse, *_dense_modes(sparse)] if "memory" in parts else []
+            peaks = {mode.name: peak_mib(mode, shape, options) for mode in wanted}
             yield modes_table(sparse, shape, batch, pairs, peaks)
         if "selection" in parts and sparse:
             yield selection_table(_main_mode(sparse), shape, batch, pairs)
@@ -133,11 +134,9 @@ def _main_mode(sparse: list[Mode]) -> Mode:
 def modes_table(sparse: list[Mode], shape: Shape, batch: ActivationBatch, pairs: int, peaks: dict[str, float]) -> str:
     """Each mode against the dense step of its precision."""
     rows, dense_s = [], {}
-    for name in ("dense", "dense bf16"):
-        group = [mode for mode in sparse if MODES[name].bf16 == mode.bf16]
-        if not group:
-            continue
-        dense = build_step(MODES[name], shape, batch)
+    for dense_mode in _dense_modes(sparse):
+        name, group = dense_mode.name, [mode for mode in sparse if dense_mode.bf16 == mode.bf16]
+        dense = build_step(dense_mode, shape, batch)
         for mode in group:
             seconds = _pair(name, dense, mode, shape, batch, pairs, TOLERANCE_BF16 if mode.bf16 else TOLERANCE)
             dense_s.setdefault(name, []).extend(seconds[name])
@@ -148,6 +147,11 @@ def modes_table(sparse: list[Mode], shape: Shape, batch: ActivationBatch, pairs:
         gc.collect()
     header = ["mode", "ms", "times faster than dense", "peak MiB", "over parameters + Adam"]
     return table(header if peaks else header[:3], rows)
+
+
+def _dense_modes(sparse: list[Mode]) -> list[Mode]:
+    """The dense steps of the precisions that are there."""
+    return [MODES[name] for name in ("dense", "dense bf16") if any(MODES[name].bf16 == mode.bf16 for mode in sparse)]
 
 
 def _pair(
@@ -188,7 +192,8 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
         replace(base, name="BatchTopK per layer", kind="batchtopk"),
         replace(base, name="BatchTopK over all layers", kind="batchtopk", scope="all_layers"),
         narrow,
-        replace(narrow, name="JumpReLU, tanh penalty", tanh=True),
+        # The gradient of the penalty's decoder norms has no place in a fused update.
+        *([] if base.fused else [replace(narrow, name="JumpReLU, tanh penalty", tanh=True)]),
         replace(narrow, name="JumpReLU, the recipe's eps", bandwidth=RECIPE_BANDWIDTH),
     ]
     topk = build_step(base, shape, batch)
