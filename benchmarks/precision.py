@@ -7,9 +7,9 @@
 
 Harvests once (the first six layers of the bundled subject, as preset=bench_smollm2_6l does but fewer tokens), then
 trains one run per option, each in a process of its own: same store, batches, seed and initial parameters. A run from
-other initial parameters shows how far two runs in float32 are apart. Peak memory is what a process adds to its resident set (on
-CUDA: to the allocator) from before its model is built to the end of training, its last evaluation and checkpoint
-included. Runs that are done are not repeated: the same command continues.
+other initial parameters shows how far two runs in float32 are apart. Peak memory is what a process adds to its resident
+set (on CUDA: to the allocator) from before its model is built to the end of training, its last evaluation and
+checkpoint included. Runs that are done are not repeated: the same command continues.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from trainer.metrics import read_metrics
 
 PRESET = [
     "preset=bench_smollm2_6l",
-    "store.tokens=110000",
+    "store.tokens=74000",
     "store.held_out_tokens=4096",
     "model.n_features=1024",
-    "train.tokens=98304",
+    "train.tokens=65536",
     "train.batch_size_tokens=512",
     "train.eval_every=0",
     "train.checkpoint_every=0",
