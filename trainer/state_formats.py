@@ -16,11 +16,11 @@ torch.compile and with it a C++ compiler; run without, it copies the whole state
 a binary search in a table, rounds to nearest, which freezes a moment whose changes are below half a spacing.)
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from trainer.stochastic_rounding import round_to_bfloat16
 
@@ -31,7 +31,9 @@ _ONE = 0x3F800000
 
 
 class TableFormat(Protocol):
-    """A stored table."""
+    """A stored table. `rounds`: whether `write` uses its random bits."""
+
+    rounds: bool
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by suffix ("" for a table that is one tensor)."""
@@ -40,11 +42,13 @@ class TableFormat(Protocol):
         """(rows, columns) in float32, to be changed in place and given to `write`."""
 
     def write(self, rows: slice, values: Tensor, random_16: Tensor) -> None:
-        """Stores what `read` gave, with 16 random bits for each value (int32, of the values' shape)."""
+        """Stores what `read` gave, with 16 random bits for each value (int32, of the values' shape) if it `rounds`."""
 
 
 class Float32Table:
     """A float32 tensor as it is; read gives a view."""
+
+    rounds = False
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
@@ -58,11 +62,13 @@ class Float32Table:
         return self._table[rows]
 
     def write(self, rows: slice, values: Tensor, random_16: Tensor) -> None:
-        """Nothing is left to do."""
+        """Nothing is left to do: `values` are the table."""
 
 
 class Bfloat16Table:
     """A bfloat16 tensor, written with stochastic rounding."""
+
+    rounds = True
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
@@ -87,6 +93,8 @@ class BlockTable:
     divides by it.
     """
 
+    rounds = True
+
     def __init__(self, n_rows: int, n_columns: int, *, signed: bool, device: torch.device) -> None:
         self.codes = torch.zeros(n_rows, n_columns, dtype=torch.uint8, device=device)
         self.scales = torch.zeros(n_rows, block_count(n_columns), device=device)
@@ -103,33 +111,29 @@ class BlockTable:
     def read(self, rows: slice) -> Tensor:
         """See TableFormat."""
         codes = self.codes[rows]
-        shares = self._values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-        return shares.mul_(self._spread(self.scales[rows]))
+        values = self._values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        for block, scales in self._each_block(values, self.scales[rows]):
+            block.mul_(scales)
+        return values
 
     def write(self, rows: slice, values: Tensor, random_16: Tensor) -> None:
         """See TableFormat."""
-        magnitudes = values.abs()
-        scales = self._blocks(magnitudes).amax(dim=2)
-        shares = magnitudes.div_(self._spread(scales.clamp_min(torch.finfo(torch.float32).tiny)))
-        codes = (shares.view(torch.int32) - _ONE).add_(random_16, alpha=1 << (_DROPPED - 16))
+        shares, scales = values.abs(), self.scales[rows]
+        for block, largest in self._each_block(shares, scales):
+            torch.amax(block, dim=1, keepdim=True, out=largest)
+            block.div_(largest.clamp_min(torch.finfo(torch.float32).tiny))
+        codes = shares.view(torch.int32).add_(random_16, alpha=1 << (_DROPPED - 16)).sub_(_ONE)
         codes = codes.bitwise_right_shift_(_DROPPED).add_(self._largest_code).clamp_(0, self._largest_code)
         if self._signed:
             codes.add_(values < 0, alpha=128)
         else:
             codes = torch.maximum(codes, values > 0)
-        self.codes[rows] = codes.to(torch.uint8)
-        self.scales[rows] = scales
+        self.codes[rows] = codes
 
-    def _blocks(self, values: Tensor) -> Tensor:
-        """(rows, blocks, block), filled up with zeros."""
-        n_rows, n_columns = values.shape
-        missing = self.scales.shape[1] * self._block - n_columns
-        padded = functional.pad(values, (0, missing)) if missing else values
-        return padded.view(n_rows, -1, self._block)
-
-    def _spread(self, scales: Tensor) -> Tensor:
-        """(rows, columns): to each column its block's scale."""
-        return scales.repeat_interleave(self._block, dim=1)[:, : self.codes.shape[1]]
+    def _each_block(self, values: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the columns of each block, with the column of its scales."""
+        for n, start in enumerate(range(0, values.shape[1], self._block)):
+            yield values[:, start : start + self._block], scales[:, n : n + 1]
 
 
 def block_count(n_columns: int) -> int:
