@@ -29,7 +29,7 @@ def all_cases() -> list[CompileCase]:
     """
     found = [
         case
-        for module in sorted(info.name for info in pkgutil.iter_modules(gpu.__path__))
+        for module in sorted(info.name for info in pkgutil.iter_modules(gpu.__path__) if info.name != "backend")
         for case in getattr(importlib.import_module(f"{gpu.__name__}.{module}"), "COMPILE_CASES", ())
     ]
     names = [case.name for case in found]

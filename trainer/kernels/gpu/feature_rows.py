@@ -158,7 +158,7 @@ def join_segments(
     return total + tl.load(first, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_entries"])
 def _sum_dots(out, dots, order, n_entries, n_chunks, BLOCK: tl.constexpr):
     """Program: BLOCK entries, added chunk by chunk, stored at their token-major positions."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -129,7 +129,7 @@ def _update(
     tl.store(squares, tl.sum(gradient * gradient, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks", "n_entries"])
 def _adam_rows(
     rows, exp_avgs, exp_avg_sqs, squares, partials, dots, table, tokens, weights, offsets, block_features,
     table_stride, n_entries, n_blocks, n_features, n_columns, row_stride, exp_avg_stride, exp_avg_sq_stride,
@@ -166,7 +166,7 @@ def _adam_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def _adam_join(
     rows, exp_avgs, exp_avg_sqs, squares, partials, offsets, block_features,
     n_blocks, n_features, n_columns, row_stride, exp_avg_stride, exp_avg_sq_stride,
