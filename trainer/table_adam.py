@@ -33,7 +33,7 @@ class TableAdam:
             if config.master is Master.fp32:
                 self.master = parameter.data
             parameter.data = parameter.data.bfloat16()
-            parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]  # torch's stubs lack it
+            parameter.grad_dtype = torch.float32
         self._weights = self._weights_format()
         self._moments = {
             "exp_avg": self._moment_format(signed=True),

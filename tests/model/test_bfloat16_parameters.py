@@ -27,7 +27,7 @@ def _store_tables(model: CrossLayerTranscoder, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("W_enc", "W_dec")):
             parameter.grad, parameter.data = None, parameter.data.to(dtype)
-            parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+            parameter.grad_dtype = torch.float32
 
 
 def _loss_and_gradients(

@@ -184,7 +184,7 @@ def row_norms(rows_FC: Tensor) -> Tensor:
     """(F) L2 norms; of 16-bit rows in float32, a block at a time, for the sum makes a float32 copy of what it reads."""
     dtype = gradient_dtype(rows_FC)
     block = rows_FC.shape[0] if rows_FC.dtype == dtype else max(1, _NORM_BLOCK_VALUES // rows_FC.shape[1])
-    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in rows_FC.split(block)])
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in torch.split(rows_FC, block)])
 
 
 class TanhPenalty(Function):
