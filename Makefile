@@ -47,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(TEST_READY): $(READY)
-	$(PIP) -c constraints.txt -e ".[circuits,dev]"
+	$(PIP) -c constraints.txt -e ".[circuits,dev,gpu]"
 	@touch $@
 
 clean:
