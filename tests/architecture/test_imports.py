@@ -89,7 +89,13 @@ def test_the_model_imports_torch_and_kernels_only() -> None:
 
 
 def test_kernels_import_torch_numpy_and_compilers_at_most() -> None:
-    assert _outside(_files("trainer/kernels"), ("trainer.kernels",), ("torch", "triton", "numba", "llvmlite", "numpy")) == []
+    third = ("torch", "numpy", "triton", "numba", "llvmlite")
+    assert _outside(_files("trainer/kernels"), ("trainer.kernels",), third) == []
+
+
+def test_numba_is_imported_by_the_compiled_cpu_backend_alone() -> None:
+    others = [file for file in _files("trainer") if "trainer/kernels/cpu/" not in file.as_posix()]
+    assert _offences([*others, *_files("activation_store"), *_files("launch")], ("numba", "llvmlite")) == []
 
 
 def test_the_loss_and_the_model_know_no_engine_and_no_store() -> None:
