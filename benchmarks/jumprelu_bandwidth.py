@@ -3,12 +3,11 @@
     python -m benchmarks.jumprelu_bandwidth STORE --write benchmarks/results/jumprelu_bandwidth.md
 
 The gradient of theta comes from the pre-activations within eps / 2 of it: a wide band is dense (slow), a narrow one has
-few entries to learn from (noisy). Each run trains the first layers of the store towards an L0 by the target-L0 penalty;
-theta starts at `--threshold` times the pre-activations' scale, with eps in the same unit as in the config (that of the
-pre-activation). FVU is measured on held-out rows, as the run ended, and again with one constant added to all log theta
-so that L0 on training rows is the target's: runs are only comparable at equal L0. `band` is the share of all
-pre-activations within eps / 2 of theta, on one training batch at the start and at the end; the time of a step is the
-median over the run, with the dense path where the config's rule takes it.
+few entries to learn from (noisy). Each run trains the first layers of the store with the tanh penalty of the recipe and
+the target-L0 penalty; b_enc is set so that L0 starts at the target. FVU is measured on held-out rows, as the run ended,
+and again with one constant added to all log theta so that L0 on a training batch is the target: runs compare at equal
+L0 alone. `band` is the share of all pre-activations within eps / 2 of theta, on that batch, at the start and at the
+end; the time of a step is the median over the run, with the dense path where the config's rule takes it.
 """
 
 import argparse
@@ -93,20 +92,19 @@ class Rows:
 
 
 def run_config(options: argparse.Namespace, eps: float) -> RunConfig:
-    """The recipe's JumpReLU with the target-L0 penalty."""
-    n_layers = options.layers
+    """The recipe's JumpReLU, held at an L0."""
     activation = ActivationConfig(
         kind=ActivationKind.jumprelu,
         bandwidth=eps,
         threshold_init=options.threshold,
+        tanh_lambda=options.tanh_lambda,
         l0_lambda=options.l0_lambda,
-        l0_target=float(options.k * n_layers),
+        l0_target=float(options.k * options.layers),
         auxk_coefficient=0.0,
         penalty_ramp_fraction=0.2,
     )
-    density = options.k / options.n_features
     return RunConfig(
-        model=ModelConfig(n_features=options.n_features, initial_density=density if options.start_at_target else None),
+        model=ModelConfig(n_features=options.n_features, initial_density=options.k / options.n_features),
         activation=activation,
         optim=OptimConfig(lr=options.lr),
         train=TrainConfig(tokens=options.tokens, batch_size_tokens=options.batch),
@@ -201,8 +199,8 @@ def page(results: list[Result], options: argparse.Namespace, device: torch.devic
         f"    {command('benchmarks.jumprelu_bandwidth')}",
         f"First {options.layers} layers of the store, F = {options.n_features:,}, {options.tokens:,} tokens in batches "
         f"of {options.batch}, target L0 {options.k * options.layers} in all, theta0 {options.threshold:g}, lr "
-        f"{options.lr:g}, one seed. FVU by the inference rule on the store's held-out rows. "
-        f"Conditions: {machine(device)}.",
+        f"{options.lr:g}, tanh penalty {options.tanh_lambda:g}, one seed. FVU by the inference rule on the "
+        f"store's held-out rows. Conditions: {machine(device)}.",
         table(header, table_rows),
     ]
     return "\n\n".join(sections)
@@ -218,10 +216,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16, help="target L0 per layer")
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--tanh-lambda", type=float, default=2.5)
     parser.add_argument("--l0-lambda", type=float, default=10.0)
-    parser.add_argument("--threshold", type=float, default=0.03, help="theta0")
-    parser.add_argument("--start-at-target", action="store_true", help="set b_enc so that L0 starts at the target")
+    parser.add_argument("--threshold", type=float, default=0.5, help="theta0")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", metavar="FILE", help="also write the markdown there")

@@ -6,7 +6,8 @@
 
 Random inputs; entries are the TopK selection. Times: medians, on CUDA by events. Agreement: largest difference over the
 largest value, or the share of entries that both select. Floor: torch.mm of the same product into a kept buffer for the
-ops that encode; for the others the bytes that must be read and written, at the rate of a plain copy. `rate` counts the
+ops that encode; for the others the bytes that must be read and written, at the best rate of a copy, an update in place
+and a read. `rate` counts the
 product's operations, or the gathered rows alone (every time they are gathered, in the dtype that they are stored in).
 
 Legend: B tokens, D d_model, F features, C columns of a decoder row, K active features per token, N entries.
@@ -95,7 +96,7 @@ def section(shape: LayerShape, precision: str, device: torch.device, backends: l
     flops = 2 * shape.n_tokens * shape.d_model * shape.n_features / product_s / 1e12
     lines = [
         f"## {shape}; {precision}",
-        f"A plain copy moves {rate / 1e9:.0f} GB/s, read and written; torch.mm of the encoder's product runs at "
+        f"Memory streams {rate / 1e9:.0f} GB/s, read and written; torch.mm of the encoder's product runs at "
         f"{flops:.3g} TFLOP/s.",
         table(["op", "backend", "ms", "floor, ms", "floor / time", "rate", "against the reference"], rows),
     ]

@@ -78,11 +78,19 @@ def typical_seconds(step: Callable[[], object], device: torch.device, *, calls: 
 
 
 def stream_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of a plain copy that no cache holds."""
+    """Bytes per second, read and written, of what no cache holds: the best of a copy, an update in place and a read.
+
+    On a CPU a plain copy is the slowest of them, for it reads what it overwrites.
+    """
     source = torch.ones(_STREAM_VALUES, device=device)
     target = torch.empty_like(source)
-    seconds = typical_seconds(lambda: target.copy_(source), device)
-    return 2 * source.numel() * source.element_size() / seconds
+    n_bytes = source.numel() * source.element_size()
+    streams: list[tuple[int, Callable[[], object]]] = [
+        (2, lambda: target.copy_(source)),
+        (2, lambda: target.mul_(0.5)),
+        (1, lambda: source.sum()),
+    ]
+    return max(times * n_bytes / typical_seconds(stream, device) for times, stream in streams)
 
 
 def product_seconds(x_BD: Tensor, weight_FD: Tensor) -> float:
@@ -118,6 +126,13 @@ class PeakMemory:
 
 def _status_bytes(key: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+
+def total_mib(device: torch.device) -> float:
+    """Memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
 def machine(device: torch.device) -> str:

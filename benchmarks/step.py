@@ -11,7 +11,7 @@ memory     peak of each mode in its own process, over that of parameters and Ada
 selection  BatchTopK and JumpReLU at the L0 of TopK, against the TopK step of the same backend
 breakdown  where a step's time goes, each part next to its floor (benchmarks.breakdown)
 
-Times are medians over rounds in which the two steps take turns in one process; a ratio is the median of the rounds'
+Times are medians over rounds in which the steps take turns in one process; a ratio is the median of the rounds'
 ratios. All start from the same parameters and see the same batch, and dense and sparse losses must agree. On a CPU,
 freed memory stays with the process, as in training (trainer.memory). Random rows have no hot features, real ones have.
 """
@@ -29,7 +29,17 @@ import torch
 
 from activation_store.batch import ActivationBatch
 from benchmarks.breakdown import breakdown_table
-from benchmarks.measure import PeakMemory, command, machine, median_ratio, table, take_turns, write_page
+from benchmarks.measure import (
+    PeakMemory,
+    Step,
+    command,
+    machine,
+    median_ratio,
+    table,
+    take_turns,
+    total_mib,
+    write_page,
+)
 from benchmarks.steps import (
     MODES,
     RECIPE_BANDWIDTH,
@@ -133,16 +143,19 @@ def _main_mode(sparse: list[Mode]) -> Mode:
 
 def modes_table(sparse: list[Mode], shape: Shape, batch: ActivationBatch, pairs: int, peaks: dict[str, float]) -> str:
     """Each mode against the dense step of its precision."""
-    rows, dense_s = [], {}
+    rows = []
     for dense_mode in _dense_modes(sparse):
-        name, group = dense_mode.name, [mode for mode in sparse if dense_mode.bf16 == mode.bf16]
+        name, dense_s = dense_mode.name, []
         dense = build_step(dense_mode, shape, batch)
-        for mode in group:
-            seconds = _pair(name, dense, mode, shape, batch, pairs, TOLERANCE_BF16 if mode.bf16 else TOLERANCE)
-            dense_s.setdefault(name, []).extend(seconds[name])
-            ratio = f"{median_ratio(seconds[name], seconds[mode.name]):.2f}"
-            rows.append([mode.name, _ms(seconds[mode.name]), ratio, *_memory(peaks, mode.name, shape)])
-        rows.append([name, _ms(dense_s[name]), "1", *_memory(peaks, name, shape)])
+        dense()
+        for group in _groups([mode for mode in sparse if mode.bf16 == dense_mode.bf16], shape, batch.mlp_in.device):
+            tolerance = TOLERANCE_BF16 if dense_mode.bf16 else TOLERANCE
+            seconds = _take_turns(name, dense, group, shape, batch, pairs, tolerance)
+            dense_s += seconds[name]
+            for mode in group:
+                ratio = f"{median_ratio(seconds[name], seconds[mode.name]):.2f}"
+                rows.append([mode.name, _ms(seconds[mode.name]), ratio, *_memory(peaks, mode.name, shape)])
+        rows.append([name, _ms(dense_s), "1", *_memory(peaks, name, shape)])
         del dense
         gc.collect()
     header = ["mode", "ms", "times faster than dense", "peak MiB", "over parameters + Adam"]
@@ -154,21 +167,31 @@ def _dense_modes(sparse: list[Mode]) -> list[Mode]:
     return [MODES[name] for name in ("dense", "dense bf16") if any(MODES[name].bf16 == mode.bf16 for mode in sparse)]
 
 
-def _pair(
+def _groups(modes: list[Mode], shape: Shape, device: torch.device) -> Iterator[list[Mode]]:
+    """As many modes at a time as fit the memory beside the dense step, at least one."""
+    # Each takes its parameters, moments and gradients: 16 bytes a parameter, and buffers.
+    size = max(1, int(0.75 * total_mib(device) / (1.4 * shape.state_mib)) - 1)
+    for start in range(0, len(modes), size):
+        yield modes[start : start + size]
+
+
+def _take_turns(
     base_name: str,
-    base: object,
-    mode: Mode,
+    base: Step,
+    modes: list[Mode],
     shape: Shape,
     batch: ActivationBatch,
-    pairs: int,
+    rounds: int,
     tolerance: float | None,
 ) -> dict[str, list[float]]:
-    """Seconds of a step that exists and of a mode's, which is built, measured and dropped."""
+    """Seconds of a step that exists and is warm, and of those of modes, which are built, measured and dropped."""
     device = batch.mlp_in.device
     with freed_memory_kept(device):
-        steps = {base_name: base, mode.name: build_step(mode, shape, batch)}
-        seconds = take_turns(steps, pairs, device, tolerance=tolerance)  # type: ignore[arg-type]
-        del steps
+        steps = {mode.name: build_step(mode, shape, batch) for mode in modes}
+        for step in steps.values():
+            step()
+        seconds = take_turns({base_name: base} | steps, rounds, device, warm=0, tolerance=tolerance)
+        del steps, step
         gc.collect()
     return seconds
 
@@ -197,11 +220,12 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
         replace(narrow, name="JumpReLU, the recipe's eps", bandwidth=RECIPE_BANDWIDTH),
     ]
     topk = build_step(base, shape, batch)
+    topk()
     rows = []
     for mode in variants:
         wide = mode.kind == "jumprelu" and mode.bandwidth == RECIPE_BANDWIDTH
         # Without a goal, and dense: slow where the shape is large.
-        seconds = _pair("TopK", topk, mode, shape, batch, min(pairs, 2) if wide else pairs, None)
+        seconds = _take_turns("TopK", topk, [mode], shape, batch, max(1, pairs // 3) if wide else pairs, None)
         eps = share = "-"
         if mode.kind == "jumprelu":
             eps = f"{mode.bandwidth:.3g}"
@@ -232,7 +256,7 @@ def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float:
 
 
 def run_for_peak(mode: Mode, shape: Shape, device: torch.device, data: str | None) -> None:
-    """The process of `peak_mib`: what three steps, their batch and their model add to what is loaded."""
+    """The process of `peak_mib`: what two steps, their batch and their model add to what is loaded."""
     with freed_memory_kept(device):
         build_step(mode, WARM_SHAPE, random_batch(WARM_SHAPE, device))()
         gc.collect()
@@ -241,7 +265,7 @@ def run_for_peak(mode: Mode, shape: Shape, device: torch.device, data: str | Non
         memory.start()
         shape, batch = make_batch(shape, device, data)
         step = build_step(mode, shape, batch)
-        for _ in range(3):
+        for _ in range(2):
             step()
         print(json.dumps({"peak_mib": memory.added_mib()}))
 

@@ -1,7 +1,7 @@
 """The steps that the benchmarks time: shapes, batches, and a mode's whole training step through the real engine.
 
 A step does what `trainer.train` does for one: loss and gradients, exact norm, check that it is finite, clip, Adam,
-dead-feature state. Learning rate 1e-6: Adam does its whole work, and the situation stays that of the first step, so
+dead-feature state. Learning rate 1e-8: Adam does its whole work, and the situation stays that of the first step, so
 that the k-th step of one mode compares with the k-th of another, and JumpReLU keeps the L0 that it was given.
 
 Legend: B tokens, L layers, D d_model, F features of a layer, K active features per token and layer.
@@ -35,7 +35,7 @@ from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.parallel.engine import PlainEngine
 
-LR = 1e-6
+LR = 1e-8
 # Of the recipe's JumpReLU (conf/activation/jumprelu.yaml).
 RECIPE_BANDWIDTH, RECIPE_TANH_LAMBDA = 1.0, 1e-3
 
