@@ -308,6 +308,28 @@ def test_fused_adam_as_the_reference() -> None:
         assert torch.equal(found, again)
 
 
+def test_fused_adam_bf16_has_the_gradient_of_the_backward_pass() -> None:
+    """Rows in float32, tokens in bfloat16: operands are rounded as there. Learning rate 0 leaves the rows."""
+    case = sparse(11, 17, 260, 4)
+    wanted = truth(case, BF16)
+    first, second, before = torch.zeros_like(case.rows_FC), torch.zeros_like(case.rows_FC), case.rows_FC.clone()
+    squares, dots = adam.fused_adam_rows(
+        case.rows_FC,
+        first,
+        second,
+        case.index,
+        case.values,
+        case.grad_BC.to(BF16),
+        adam_step(1)._replace(lr=0),
+        dots=True,
+    )
+    assert dots is not None
+    assert_near(dots, wanted.values_N, ROUNDED)
+    assert_near(first, 0.1 * wanted.rows_FC, NEAR)
+    assert float(squares) == pytest.approx(float(wanted.rows_FC.square().sum()), rel=1e-5)
+    assert torch.equal(case.rows_FC, before)
+
+
 def test_fused_adam_vector_as_the_reference() -> None:
     n = 1100
     start = (torch.randn(n), torch.randn(n), torch.rand(n), torch.randn(n))

@@ -25,7 +25,7 @@ from trainer.kernels.gpu.feature_rows import (
     segment_of,
     sum_dots,
 )
-from trainer.kernels.gpu.launch import blocks, has_kernel, run
+from trainer.kernels.gpu.launch import blocks, has_kernel, rounds, run
 
 _VECTOR_BLOCK = 1024
 
@@ -43,7 +43,7 @@ def fused_adam_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Update rows and moments in place; squares of the gradient and, with `dots`, the dots. float64: the reference.
 
-    Sums are float32 products of what is in the tables, without rounding.
+    With 16-bit tokens the weights, and for the dots the rows, are rounded to their dtype; sums are float32.
     """
     if not has_kernel(rows_FC, exp_avg_FC, exp_avg_sq_FC, weights_N, tokens_BC):
         return reference.fused_adam_rows(
@@ -52,7 +52,7 @@ def fused_adam_rows(
     n_features, n_columns = rows_FC.shape
     plan = plan_pass(index, tokens_BC, sums=True, dots=dots)
     squares = torch.empty(plan.n_chunks, n_features, dtype=torch.float32, device=rows_FC.device)
-    sorted_N = weights_N[index.order_N]
+    sorted_N = weights_N[index.order_N].to(tokens_BC.dtype)
     parameters = (rows_FC, exp_avg_FC, exp_avg_sq_FC, squares, plan.partials)
     strides = (rows_FC.stride(0), exp_avg_FC.stride(0), exp_avg_sq_FC.stride(0))
     sizes = (plan.n_blocks, n_features, n_columns, *strides)
@@ -73,6 +73,7 @@ def fused_adam_rows(
         *sizes,
         *_constants(hyper),
         DOTS=dots,
+        ROUND_ROWS=rounds(rows_FC, tokens_BC.dtype),
         **constexprs,
     )
     run(
@@ -134,7 +135,7 @@ def _adam_rows(
     rows, exp_avgs, exp_avg_sqs, squares, partials, dots, table, tokens, weights, offsets, block_features,
     table_stride, n_entries, n_blocks, n_features, n_columns, row_stride, exp_avg_stride, exp_avg_sq_stride,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction2,
-    DOTS: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    DOTS: tl.constexpr, ROUND_ROWS: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Program (segment or feature, chunk)."""
     feature, start, stop, nothing, is_long, slot = segment_of(
@@ -148,7 +149,10 @@ def _adam_rows(
     row = tl.zeros([CHUNK], tl.float32)
     if DOTS:
         wanted = cols < tl.where(start < stop, n_columns, 0)
-        row = tl.load(rows + feature * row_stride + cols, mask=wanted, other=0.0).to(tl.float32)
+        values = tl.load(rows + feature * row_stride + cols, mask=wanted, other=0.0)
+        if ROUND_ROWS:
+            values = values.to(tl.bfloat16)
+        row = values.to(tl.float32)
     gradient = gather_sum(
         table, table_stride, tokens, weights, start, stop, cols, inside, row, dots + chunk * n_entries,
         False, DOTS, CHUNK, ENTRIES,
@@ -219,10 +223,10 @@ _SIZES = {"n_blocks": "i32", "n_features": "i32", "n_columns": "i32:16"} | dict.
 
 def _rows_case(name: str, table: str, *, dots: bool) -> CompileCase:
     types = {"rows": "*fp32", "partials": "*fp32", "dots": "*fp32", "table": table, "tokens": "*i64"} | _STATES
-    types |= {"weights": "*fp32", "offsets": "*i64", "block_features": "*i64", "table_stride": "i32:16"}
+    types |= {"weights": table, "offsets": "*i64", "block_features": "*i64", "table_stride": "i32:16"}
     types |= {"n_entries": "i32"} | _SIZES | _CONSTANTS
     chunk = 128 if table == "*fp32" else 256
-    constants = {"DOTS": dots, "SEGMENT": SEGMENT, "CHUNK": chunk, "ENTRIES": ENTRIES}
+    constants = {"DOTS": dots, "ROUND_ROWS": table != "*fp32", "SEGMENT": SEGMENT, "CHUNK": chunk, "ENTRIES": ENTRIES}
     return CompileCase(name=name, kernel=_adam_rows, signature=types, constexprs=constants, num_warps=1)
 
 
