@@ -2,8 +2,9 @@
 
 The floor of a part is what the machine needs at the least, measured in the same run: torch.mm of the encoder's product
 into a kept buffer; for all else the bytes that the part must read and write, at the best rate of a copy, an update in
-place and a read that no cache holds. Gathered rows count every time they are gathered, as in the cost model; where a cache serves some, a part can be
-faster than its floor. On CUDA the clock waits for the device after every op, which adds some microseconds to each.
+place and a read that no cache holds. Gathered rows count every time they are gathered, as in the cost model; where a
+cache serves some, a part can be faster than its floor. On CUDA the clock waits for the device after every op, which
+adds some microseconds to each.
 
 Legend: B tokens, D d_model, F features, C columns of a decoder row, N entries of a layer.
 """
@@ -25,8 +26,8 @@ from trainer.kernels.encode_topk import pre_activations
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.parallel.engine import PlainEngine
 
-# Which part each op belongs to. The product is timed by itself and taken from `encode`: what is left is the selection, nothing where a
-# backend encodes faster than torch.
+# Which part each op belongs to. The product is timed by itself and taken from `encode`: what is left is the selection,
+# nothing where a backend encodes faster than torch.
 OP_PARTS = {
     "encode_topk": "encode",
     "encode_jumprelu": "encode",

@@ -7,8 +7,8 @@
 Random inputs; entries are the TopK selection. Times: medians, on CUDA by events. Agreement: largest difference over the
 largest value, or the share of entries that both select. Floor: torch.mm of the same product into a kept buffer for the
 ops that encode; for the others the bytes that must be read and written, at the best rate of a copy, an update in place
-and a read. `rate` counts the
-product's operations, or the gathered rows alone (every time they are gathered, in the dtype that they are stored in).
+and a read. `rate` counts the product's operations, or the gathered rows alone (every time they are gathered, in the
+dtype that they are stored in).
 
 Legend: B tokens, D d_model, F features, C columns of a decoder row, K active features per token, N entries.
 """
