@@ -155,6 +155,33 @@ def test_50_steps_are_near_those_of_torchs_adam_in_float32(name: str) -> None:
     assert {p.dtype for n, p in found.items() if "W_" in n} == {torch.bfloat16 if low else torch.float32}
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_moments_are_those_of_the_divided_gradient(name: str) -> None:
+    parameters = _parameters()
+    adam = NamedAdam(parameters, PRECISIONS[name], seed=3)
+    gradients = {key: _gradient(key, parameter.detach().float(), 1) for key, parameter in parameters.items()}
+    for key, parameter in parameters.items():
+        parameter.grad = gradients[key].clone()
+    adam.step(0.01, divide_gradients_by=5.0)
+    for key, gradient in gradients.items():
+        m, v = (_stored(adam.tensors(), f"{key}.{moment}") for moment in ("exp_avg", "exp_avg_sq"))
+        # A whole spacing: an eighth, in 8 bit; far smaller numbers than a block's largest become 0.
+        exact_m, exact_v = 0.1 * gradient / 5, 0.001 * (gradient / 5) ** 2
+        torch.testing.assert_close(m, exact_m, rtol=0.126, atol=2e-5 * float(exact_m.abs().max()))
+        torch.testing.assert_close(v, exact_v, rtol=0.126, atol=1e-9 * float(exact_v.max()))
+
+
+def _stored(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """A moment in float32, read from what a checkpoint holds."""
+    if name in tensors:
+        return tensors[name].float()
+    codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+    table = BlockTable(codes[..., 0].numel(), codes.shape[-1], signed="_sq" not in name, device=CPU)
+    table.codes.copy_(codes.view(table.codes.shape))
+    table.scales.copy_(scales.view(table.scales.shape))
+    return table.read(ALL).view(codes.shape)
+
+
 def test_a_master_is_what_float32_parameters_would_be() -> None:
     wanted, _ = _train(OptimConfig(state_dtype=StateDtype.bf16), 1)
     found, adam = _train(OptimConfig(state_dtype=StateDtype.bf16, param_dtype=ParamDtype.bf16), 1)
