@@ -3,7 +3,8 @@
 The floor of a part is what the machine needs at the least, measured in the same run: torch.mm of the encoder's product
 into a kept buffer; for all else the bytes that the part must read and write, at the best rate of a copy, an update in
 place and a read that no cache holds. Gathered rows count every time they are gathered, as in the cost model; where a
-cache serves some, a part can be faster than its floor. On CUDA the clock waits for the device after every op, which
+cache serves some, a part can be faster than its floor; so can the encoder where a backend excludes entries by a product
+in bf16 first. On CUDA the clock waits for the device after every op, which
 adds some microseconds to each.
 
 Legend: B tokens, D d_model, F features, C columns of a decoder row, N entries of a layer.

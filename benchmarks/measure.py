@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -79,6 +80,7 @@ def typical_seconds(step: Callable[[], object], device: torch.device, *, calls: 
     return median(found)
 
 
+@cache
 def stream_rate(device: torch.device) -> float:
     """Bytes per second, read and written, of what no cache holds: the best of a copy, an update in place and a read.
 

@@ -4,6 +4,7 @@
     python -m benchmarks.step --shape 6,256,4096,1024,16 --breakdown
     python -m benchmarks.step --data runs/demo/store --shape 0,0,1024,1024,8     real rows (L and d are the store's)
     python -m benchmarks.step --write benchmarks/results/step.md
+    python -m benchmarks.step --parts modes                       on CUDA: the initial model of GPT-2's shape takes long
 
 modes      `reference` and `cpu` (exact clip, then dense Adam), `cpu fused` (update in the backward pass, no clip); on
            CUDA `triton`, fp32 and bf16; each against the dense step of its precision (benchmarks.dense_step)
@@ -73,7 +74,8 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(options.device)
     if options.peak_of:
-        run_for_peak(MODES[options.peak_of], Shape.parse(options.shape), device, options.data)
+        peak = measure_peak(MODES[options.peak_of], Shape.parse(options.shape), device, options.data)
+        print(json.dumps({"peak_mib": peak}))
         return
     sections = [
         "# Whole training step",
@@ -245,7 +247,10 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
 
 
 def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float:
-    """Peak of a process of its own."""
+    """Peak of a process of its own; on CUDA of this one, whose allocator knows what is whose."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        return measure_peak(mode, shape, device, options.data)
     words = [sys.executable, "-m", "benchmarks.step", "--peak-of", mode.name, "--shape", shape.words]
     words += ["--threads", str(torch.get_num_threads()), "--device", options.device]
     words += ["--data", options.data] if options.data else []
@@ -255,8 +260,8 @@ def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float:
     return float(json.loads(done.stdout)["peak_mib"])
 
 
-def run_for_peak(mode: Mode, shape: Shape, device: torch.device, data: str | None) -> None:
-    """The process of `peak_mib`: what two steps, their batch and their model add to what is loaded."""
+def measure_peak(mode: Mode, shape: Shape, device: torch.device, data: str | None) -> float:
+    """What two steps, their batch and their model add to what is loaded, MiB."""
     with freed_memory_kept(device):
         build_step(mode, WARM_SHAPE, random_batch(WARM_SHAPE, device))()
         gc.collect()
@@ -267,7 +272,7 @@ def run_for_peak(mode: Mode, shape: Shape, device: torch.device, data: str | Non
         step = build_step(mode, shape, batch)
         for _ in range(2):
             step()
-        print(json.dumps({"peak_mib": memory.added_mib()}))
+        return memory.added_mib()
 
 
 if __name__ == "__main__":
