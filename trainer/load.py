@@ -11,6 +11,7 @@ from activation_store.errors import UserError
 from activation_store.progress import report
 from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer
 from trainer.config import RunConfig
+from trainer.kernels.dispatch import choose
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.run_folder import load_config
@@ -65,7 +66,7 @@ def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
 
     Raises UserError if training has removed it in the meantime.
     """
-    model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=config.kernels.backend.value)
+    model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=_backend(config, device))
     try:
         checkpoint.load_model(model.state_dict(), widen=True)
     except FileNotFoundError:
@@ -74,6 +75,15 @@ def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
             "again when training has ended"
         ) from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def _backend(config: RunConfig, device: torch.device) -> str:
+    """The run's own, or what is fastest on `device` where that does not run: a GPU's run is looked at anywhere."""
+    try:
+        choose(config.kernels.backend.value, device)
+    except ValueError:
+        return "auto"
+    return config.kernels.backend.value
 
 
 def _report_stale_threshold(run: Path | str, checkpoint: Checkpoint, model: CrossLayerTranscoder) -> None:

@@ -1,5 +1,6 @@
 """Small transcoders on odd sizes for the tests of the model."""
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tests.model.dense_reference import Settings
 from trainer.config import ActivationConfig, ActivationKind
+from trainer.kernels.dispatch import kernels
 from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
@@ -26,6 +28,14 @@ CASES = [
     )
     if "topk" in kind or (scope, score) == ("layer", "activation")
 ]
+
+
+def available_backends() -> list[str]:
+    """Backends that run on this machine's CPU."""
+    names = ["reference"]
+    with contextlib.suppress(ValueError):
+        names.append(kernels("cpu").name)
+    return names
 
 
 def case_name(case: dict[str, Any]) -> str:

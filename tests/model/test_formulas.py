@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from tests.model import dense_reference
-from tests.model.cases import CASES, all_losses, case_name, context, kill, leaves, make_model, scaled
+from tests.model.cases import (
+    CASES,
+    all_losses,
+    available_backends,
+    case_name,
+    context,
+    kill,
+    leaves,
+    make_model,
+    scaled,
+)
 from trainer.config import ActivationConfig, KernelsConfig
 from trainer.loss import compute_loss
 from trainer.model.clt import CrossLayerTranscoder
@@ -41,6 +51,38 @@ def check_against_reference(model: CrossLayerTranscoder, x: Any, y: Any, kernels
 def test_losses_and_gradients_equal_the_reference(case: dict[str, Any]) -> None:
     model, x, y = make_model(**case)
     check_against_reference(model, x, y, KernelsConfig(dense_above_density=1.0))
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("case", [case for case in CASES if not case["skip"]], ids=case_name)
+def test_float32_on_every_backend(case: dict[str, Any], backend: str) -> None:
+    """Against the float64 reference from the same weights: the same entries, and gradients within 2e-5 of their largest
+    (JumpReLU's theta: 1e-4, for its terms are large and cancel)."""
+    model, x, y = make_model(**case, dtype=torch.float32)
+    model.backend = backend
+    dead = kill(model)
+    running = torch.tensor([0.5, 0.75, 0.875])
+    model.running_threshold_L.copy_(running)
+    config, settings = all_losses(model)
+    settings.running = running.tolist()
+    output = compute_loss(
+        model, x, y, context(model), activation=config, kernels=KernelsConfig(dense_above_density=1.0)
+    )
+    output.total.backward()
+    model.double()
+    parameters = leaves(model)
+    expected = dense_reference.loss(parameters, *scaled(model, x.double(), y.double()), dead, settings)
+    expected["total"].backward()
+    for s, codes in enumerate(output.codes):
+        assert codes is not None
+        assert torch.equal(codes.to_dense() > 0, expected["gate"][:, s] > 0), f"layer {s}: other entries are selected"
+    assert float(output.total.detach()) == pytest.approx(float(expected["total"].detach()), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        wanted, found = parameters[name].grad, parameter.grad
+        assert wanted is not None
+        assert found is not None, name
+        share = 1e-4 if "log_threshold" in name else 2e-5
+        assert float((found.double() - wanted).abs().max()) <= share * float(wanted.abs().max()), name
 
 
 @pytest.mark.parametrize("skip", [False, True])

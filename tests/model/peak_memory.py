@@ -1,0 +1,95 @@
+"""Peak memory of one training step by activation, measured in a process of its own: `python -m tests.model.peak_memory
+BACKEND [DEVICE]` prints a JSON object, case -> bytes that the step held at most beyond what was there before it.
+
+On a CPU it is the process's resident set, whose peak Linux sets back on request, and whose large buffers go back to the
+system at once (MALLOC_MMAP_THRESHOLD_, set by the test); on CUDA it is what the allocator counts.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.model.cases import all_losses, context, kill, make_model
+from trainer.config import KernelsConfig
+from trainer.kernels.dispatch import kernels
+from trainer.loss import compute_loss
+
+# B * L * F values are 64 MiB here, and 16 times what one layer's B * F are; parameters are 20 MiB, made before.
+# k L is 1.2% of F, as it is for 12 layers of 32,768 features and k = 32.
+SHAPE: dict[str, Any] = {"n_layers": 16, "d_model": 8, "n_features": 4096, "k": 3, "n_tokens": 256}
+ALL_LAYERS_BYTES = 256 * 16 * 4096 * 4
+# Case -> (spec, share above which a layer goes dense). relu and jumprelu at initialisation are half active.
+CASES: dict[str, tuple[dict[str, Any], float | None]] = {
+    "relu": ({"kind": "relu"}, None),
+    "jumprelu": ({"kind": "jumprelu"}, None),
+    "topk": ({"kind": "topk"}, None),
+    "topk by norm over all layers": ({"kind": "topk", "scope": "all_layers", "score": "decoder_norm"}, None),
+    "topk dense": ({"kind": "topk"}, 0.0),
+    "batchtopk": ({"kind": "batchtopk"}, None),
+    "batchtopk over all layers": ({"kind": "batchtopk", "scope": "all_layers"}, None),
+    "batchtopk dense": ({"kind": "batchtopk"}, 0.0),
+}
+
+
+def prepare(case: str, backend: str, device: torch.device) -> Callable[[], None]:
+    """A step with every loss on; parameters, moments, kept gradients and batch exist."""
+    spec, dense_above = CASES[case]
+    model, x, y = make_model(**SHAPE, **spec, dtype=torch.float32)
+    model.backend = backend
+    model.to(device)
+    kill(model)
+    model.running_threshold_L.fill_(0.5)
+    model.gradient_buffers.enabled = True
+    config, _ = all_losses(model)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    x, y = x.to(device), y.to(device)
+
+    def step(n_tokens: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        kernels_config = KernelsConfig(dense_above_density=dense_above)
+        loss = compute_loss(
+            model, x[:n_tokens], y[:n_tokens], context(model), activation=config, kernels=kernels_config
+        )
+        loss.total.backward()
+        optimizer.step()
+
+    # What is made or compiled once belongs to no step.
+    step(8)
+    return lambda: step(x.shape[0])
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """What the step held at most beyond what was there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    step()
+    return (_status_kib("VmHWM") - before) * 1024
+
+
+def _status_kib(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def main(backend: str, device_name: str = "cpu") -> None:
+    """Prints the peaks of every case."""
+    device = torch.device(device_name)
+    torch.set_num_threads(1)
+    assert kernels(backend, device).name == backend
+    peaks = {}
+    for case in CASES:
+        peaks[case] = peak_bytes(prepare(case, backend, device), device)
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
