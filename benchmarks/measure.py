@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,7 +184,7 @@ def command(module: str) -> str:
         skip, before = word in {"--write", "--plot"}, skip
         if not (skip or before or word.startswith(("--write=", "--plot="))):
             words.append(word)
-    return " ".join(["python -m", module, *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
