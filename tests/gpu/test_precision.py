@@ -37,7 +37,7 @@ def _train(config: OptimConfig, device: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     shapes = {"W_enc": (60, 577), "W_dec": (60, 3, 576), "b_enc": (60,)}
     start = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-    parameters = {name: nn.Parameter(value.to(device)) for name, value in start.items()}
+    parameters = {name: nn.Parameter(value.clone().to(device)) for name, value in start.items()}
     adam = NamedAdam(parameters, config, seed=3)
     for _ in range(20):
         for parameter in parameters.values():
