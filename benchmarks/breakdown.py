@@ -10,6 +10,7 @@ adds some microseconds to each.
 Legend: B tokens, D d_model, F features, C columns of a decoder row, N entries of a layer.
 """
 
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -97,7 +98,9 @@ def breakdown(mode: Mode, shape: Shape, batch: ActivationBatch, *, calls: int) -
         for part in {*OP_PARTS.values(), "gradient norm", "optimizer"}:
             found[part].append(clock.now[part])
     seconds = {part: median(values) for part, values in found.items()}
+    # The timed methods refer to the engine that they are of: without this, its memory would stay beside the next one's.
     del step
+    gc.collect()
     encode = seconds.pop("encode")
     seconds["encoder product"] = min(encode, _encoder_seconds(mode, shape, batch))
     seconds["selection"] = encode - seconds["encoder product"]

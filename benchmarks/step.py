@@ -234,6 +234,8 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
             share = f"{100 * band_share(shape, batch, found.thetas, mode.bandwidth):.2f}%"
         times = median_ratio(seconds[mode.name], seconds["TopK"])
         rows.append([mode.name, _ms(seconds[mode.name]), _ms(seconds["TopK"]), f"{times:.2f}", eps, share])
+    del topk
+    gc.collect()
     lines = [
         f"Selections at L0 = {shape.k} per layer, mode `{base.name}`. The band of the narrow JumpReLU holds on average "
         f"{found.further:.1f} entries per token and layer beside the {shape.k} active ones; `band` is the share of all "

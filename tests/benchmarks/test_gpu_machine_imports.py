@@ -82,7 +82,7 @@ def test_kernels_run(environment: dict[str, str]) -> None:
 
 
 def test_step_runs(environment: dict[str, str]) -> None:
-    words = ["--shape", "2,8,64,32,4", "--pairs", "1", "--breakdown", "--device", "cpu"]
+    words = ["--shape", "2,8,64,32,4", "--pairs", "1", "--parts", "modes", "selection", "breakdown", "--device", "cpu"]
     printed = run(environment, "-m", "benchmarks.step", *words)
     assert "| reference |" in printed
     assert "| JumpReLU |" in printed
