@@ -1,4 +1,4 @@
-"""The benchmark of precisions: its options compose, obey the rules, and differ in nothing but what they are named for."""
+"""The benchmark of precisions: its options compose, obey the rules, and differ in what they are named for alone."""
 
 from dataclasses import asdict
 from pathlib import Path
