@@ -62,7 +62,7 @@ def lower_bound(scores: Tensor, n: int) -> float:
     group = 64
     while group > 1 and flat.numel() // group < 2 * n:
         group //= 2
-    if group == 1:
+    if group == 1 or n == 0:
         return float("-inf")
     maxima = flat[: flat.numel() // group * group].view(-1, group).amax(dim=1)
     return float(torch.topk(maxima, n, sorted=True).values[-1].nan_to_num(nan=float("-inf")))
