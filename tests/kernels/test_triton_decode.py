@@ -65,6 +65,14 @@ def rounded_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_READS_WORTH_A_COPY", 10**9)
 
 
+def test_chunks_fit_the_cache_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 bytes of a row; 256 where only these fit; 512 again where nothing fits."""
+    monkeypatch.setattr(launch, "cache_bytes", lambda _: 25 * 2**20)
+    columns = {rows: launch.chunk_columns(torch.empty(rows, 1, dtype=BF16)) for rows in (32768, 65536, 131072)}
+    assert columns == {32768: 256, 65536: 128, 131072: 256}
+    assert launch.chunk_columns(torch.empty(32768, 1)) == 128
+
+
 @pytest.mark.parametrize("shape", [ODD, SMALL, (5, 4, 1, 2), (3, 9, 129, 3)])
 def test_decode(shape: tuple[int, int, int, int]) -> None:
     case = sparse(*shape)

@@ -1,13 +1,12 @@
 """How the sparse kernels cut their work: chunks of columns, and which operand is rounded where."""
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-# Half of the 50 MB L2 cache of an H100 or H200, whose two halves may hold the same line twice.
-_CACHE_BYTES = 24 * 2**20
 # A table is copied to 16 bits before the gathers when its rows are read more often than this on average: the copy
 # moves 6 bytes a value, a gather from the copy 2 instead of 4.
 _READS_WORTH_A_COPY = 3
@@ -25,10 +24,18 @@ def chunk_columns(table_RC: Tensor) -> int:
 
     All programs of a chunk run before those of the next one, so that a gathered chunk is read from memory once.
     """
-    row_bytes = 512
-    if 256 * table_RC.shape[0] <= _CACHE_BYTES < row_bytes * table_RC.shape[0]:
+    row_bytes, room = 512, cache_bytes(table_RC.device)
+    if 256 * table_RC.shape[0] <= room < row_bytes * table_RC.shape[0]:
         row_bytes = 256
     return row_bytes // table_RC.element_size()
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """Half of the L2 cache, whose two halves may hold the same line twice; in the interpreter that of an H200."""
+    if device.type != "cuda":
+        return 25 * 2**20
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
 
 
 def gathered_table(table_RC: Tensor, n_entries: int, compute_dtype: torch.dtype) -> tuple[Tensor, bool]:

@@ -250,6 +250,7 @@ COMPILE_CASES = [
     _rows_case("backward bf16, added", "*fp32", "*fp32", "*bf16", MODE=_ADD, DOTS=True),
     _rows_case("backward bf16, bf16 rows", "*bf16", "*bf16", "*bf16", MODE=_STORE, DOTS=True),
     _rows_case("backward bf16, dots only", "*fp32", "*fp32", "*bf16", MODE=_DROP, DOTS=True),
+    _rows_case("half a chunk: backward bf16", "*fp32", "*fp32", "*bf16", MODE=_STORE, DOTS=True, CHUNK=128),
     _rows_case("encoder rows bf16", "*fp32", "*fp32", "*bf16", MODE=_STORE, DOTS=False),
     _join_case("join of segments", "*fp32", _STORE),
     CompileCase(

@@ -97,4 +97,5 @@ COMPILE_CASES = [
     _case("decode fp32", "*fp32", "*fp32", rounded=False, chunk=128),
     _case("decode bf16", "*bf16", "*bf16", rounded=False, chunk=256),
     _case("decode bf16 from fp32", "*bf16", "*fp32", rounded=True, chunk=128),
+    _case("half a chunk: decode bf16", "*bf16", "*bf16", rounded=False, chunk=128),
 ]
