@@ -274,3 +274,18 @@ def test_bf16_products_stay_within_their_bounds() -> None:
     assert bool((error <= bound).all())
     # And it is of use: the same by worst-case rounding of every operand would be 2^-7 |x| |w|.
     assert bool((bound < rounded_x.norms[:, None] * rounded_w.norms * 2**-7).all())
+
+
+def test_the_bounds_hold_where_errors_add_up() -> None:
+    """x along the rounding error of a feature, and a feature along that of x: nothing cancels, and half would fail."""
+    _, weight, bias = reals(1, 64, 200)
+    errors = weight - weight.bfloat16().float()
+    ways = [(errors.bfloat16().float(), weight), (weight, errors.bfloat16().float())]
+    for x, other in ways:
+        rounded_x, rounded_w = products.rounded(x), products.rounded(other)
+        bounds = products.error_bounds(rounded_w, bias, 1)
+        product = (rounded_x.matrix.double() @ rounded_w.matrix.double().t()).diagonal()
+        error = (product - (x.double() * other.double()).sum(dim=1)).abs()
+        bound = rounded_x.norms * bounds.near_G + rounded_x.errors * bounds.far_G
+        assert bool((error <= bound).all())
+        assert bool((error > 0.5 * bound).all())

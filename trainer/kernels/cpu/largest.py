@@ -4,6 +4,8 @@ import numpy as np
 
 from trainer.kernels.cpu.compiling import helper
 
+# Bits of a lower bound that are found: the rest would not exclude much more.
+BOUND_BITS = 20
 Keys = np.ndarray[tuple[int], np.dtype[np.int32]]
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 Floats = np.ndarray[tuple[int], np.dtype[np.float32]]
