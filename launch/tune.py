@@ -2,10 +2,11 @@
 
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from launch.config import LayerloomConfig
 from trainer.build import model_spec
-from trainer.tune import Measured, measure
+from trainer.tune import DENSITIES, Measured, measure
 from trainer.tuned import choose_backend, compute_dtype, machine, save
 
 
@@ -15,22 +16,25 @@ def run_tune(config: LayerloomConfig) -> None:
     spec = model_spec(config.model, config.activation, *_shape(config))
     choice = choose_backend(config.kernels.backend, device)
     its_machine = machine(device, choice.kernels.name, dtype)
-    print(
-        f"tune: {its_machine['hardware']}, {f'{n} threads, ' if (n := its_machine['threads']) else ''}kernels "
-        f"{choice.kernels.name} ({choice.reason}), {its_machine['dtype']}; {spec.n_layers} layers of width "
-        f"{spec.d_model}, {spec.n_features} features each, {spec.kind}"
-    )
-    measured = measure(
-        spec,
-        n_tokens=config.train.microbatch_tokens or config.train.batch_size_tokens,
-        kernels=choice.kernels,
-        device=device,
-        compute_dtype=dtype,
-        seconds=config.tune.seconds,
-    )
+    where = [its_machine["hardware"], its_machine["dtype"], f"kernels {choice.kernels.name} ({choice.reason})"]
+    where += [f"threads: {its_machine['threads']}"] if device.type == "cpu" else []
+    shape = f"{spec.n_layers} layers of width {spec.d_model}, {spec.n_features} features each, {spec.kind}"
+    print(f"tune: {', '.join(where)}; {shape}")
+    with Progress("tune", total=len(DENSITIES), unit="densities") as progress:
+        measured = measure(
+            spec,
+            n_tokens=config.train.microbatch_tokens or config.train.batch_size_tokens,
+            kernels=choice.kernels,
+            device=device,
+            compute_dtype=dtype,
+            seconds=config.tune.seconds,
+            tell=lambda timing: progress.advance(note=f"{timing.density:.1%} of the entries active"),
+        )
+        # It ends where dense wins.
+        progress.total = progress.done
     print(_table(measured))
     file = save(its_machine, spec, measured)
-    print(f"tune: train will go dense above a density of {measured.density:.3g} for this shape; kept in {file}")
+    print(f"tune: dense is faster above a density of {measured.density:.3g}; kept for train in {file}")
 
 
 def _shape(config: LayerloomConfig) -> tuple[int, int]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from activation_store.progress import Progress
 from trainer.kernels.dispatch import Kernels
 from trainer.kernels.encode_topk import Selection
 from trainer.model.break_even import mean_span
@@ -60,23 +59,24 @@ def measure(
     device: torch.device,
     compute_dtype: torch.dtype,
     seconds: float,
+    tell: Callable[[Timing], None] | None = None,
 ) -> Measured:
-    """The break-even of models of this shape with microbatches of `n_tokens`, in about `seconds`."""
+    """The break-even of models of this shape with microbatches of `n_tokens`, in about `seconds`.
+
+    `tell` hears of each density as it is done.
+    """
     bench = _Bench(spec, kernels, device, compute_dtype)
     deadline = time.monotonic() + seconds
     bench.set_tokens(n_tokens)
     while bench.n_tokens > _MIN_TOKENS and bench.seconds_of(bench.dense, DENSITIES[0]) > _SLOW_PASS_SECONDS:
         bench.set_tokens(max(_MIN_TOKENS, bench.n_tokens // 2))
     timings: list[Timing] = []
-    with Progress("tune", total=len(DENSITIES), unit="densities") as progress:
-        for density in DENSITIES:
-            timings.append(bench.time(density))
-            last = timings[-1]
-            note = f"{density:.1%}: sparse {last.sparse_s * 1e3:.3g} ms, dense {last.dense_s * 1e3:.3g} ms"
-            progress.advance(note=note)
-            if last.sparse_s >= last.dense_s or time.monotonic() > deadline:
-                break
-        progress.total = progress.done
+    for density in DENSITIES:
+        timings.append(bench.time(density))
+        if tell is not None:
+            tell(timings[-1])
+        if timings[-1].sparse_s >= timings[-1].dense_s or time.monotonic() > deadline:
+            break
     return Measured(bench.n_tokens, break_even(timings), timings)
 
 
@@ -95,7 +95,7 @@ def break_even(timings: list[Timing]) -> float:
     before = timings[-2]
     below, above = math.log(before.sparse_s / before.dense_s), math.log(ratio)
     share = -below / (above - below)
-    return before.density * (last.density / before.density) ** share
+    return before.density * math.exp(share * math.log(last.density / before.density))
 
 
 class _Bench:

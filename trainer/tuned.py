@@ -19,7 +19,7 @@ from activation_store.errors import UserError
 from activation_store.progress import report
 from trainer.config import KernelBackend, KernelsConfig, Precision, RunConfig
 from trainer.kernels.dispatch import Choice, choose
-from trainer.model.break_even import BreakEven, family, shipped_break_even
+from trainer.model.break_even import BreakEven, family, limited, shipped_break_even
 from trainer.model.spec import ModelSpec
 from trainer.reproducibility import hardware_name
 from trainer.tune import Measured
@@ -105,7 +105,7 @@ def tuned_break_even(its_machine: dict[str, Any], spec: ModelSpec) -> BreakEven 
     nearest = min(entries, key=lambda e: abs(math.log(e["shape"]["n_features"] / spec.n_features)))
     measured_at = nearest["shape"]["n_features"]
     at = "" if measured_at == spec.n_features else f" at n_features={measured_at}"
-    return BreakEven(nearest["density"], f"measured by layerloom tune{at}")
+    return limited(BreakEven(nearest["density"], f"measured by layerloom tune{at}"))
 
 
 def _shape(spec: ModelSpec) -> dict[str, Any]:

@@ -13,6 +13,14 @@ from trainer.kernels.dispatch import Kernels
 
 
 @dataclass(slots=True)
+class _Derived:
+    """What follows from the places of entries, whatever their values: made once for all codes that share them."""
+
+    tokens: Tensor | None = None
+    index: FeatureIndex | None = None
+
+
+@dataclass(slots=True)
 class LayerCodes:
     """Active entries of one source layer, in order of tokens.
 
@@ -28,8 +36,7 @@ class LayerCodes:
     feature_ids: Tensor
     values: Tensor
     n_features: int
-    _index: FeatureIndex | None = field(default=None, repr=False)
-    _tokens: Tensor | None = field(default=None, repr=False)
+    _derived: _Derived = field(default_factory=_Derived, repr=False)
 
     @property
     def n_tokens(self) -> int:
@@ -39,20 +46,24 @@ class LayerCodes:
     @property
     def tokens(self) -> Tensor:
         """(N) int64: the token of every entry."""
-        if self._tokens is None:
+        if self._derived.tokens is None:
             counts_B = self.offsets.diff()
             rows_B = torch.arange(self.n_tokens, device=self.offsets.device)
-            self._tokens = rows_B.repeat_interleave(counts_B, output_size=self.feature_ids.numel())
-        return self._tokens
+            self._derived.tokens = rows_B.repeat_interleave(counts_B, output_size=self.feature_ids.numel())
+        return self._derived.tokens
 
     def index(self, kernels: Kernels) -> FeatureIndex:
         """The same entries in order of features (built once, used by encoder and decoder gradients)."""
-        if self._index is None:
-            self._index = kernels.build_csc(self.feature_ids, self.tokens, self.n_features)
-        return self._index
+        if self._derived.index is None:
+            self._derived.index = kernels.build_csc(self.feature_ids, self.tokens, self.n_features)
+        return self._derived.index
+
+    def forget_index(self) -> None:
+        """Lets go of what `tokens` and `index` keep: 24 bytes an entry, more than the codes themselves."""
+        self._derived.tokens = self._derived.index = None
 
     def with_values(self, values_N: Tensor) -> "LayerCodes":
-        """The same entries with other values; shares the index."""
+        """The same entries with other values; they share tokens and index."""
         return replace(self, values=values_N)
 
     def detach(self) -> "LayerCodes":

@@ -64,10 +64,13 @@ class EncodeValues(Function):
             grad_log_threshold_F = runtime.kernels.feature_sums(index, slope_N)
             grad_N = torch.where(active_N, grad_N, 0.0)
         grad_b_F = runtime.kernels.feature_sums(index, grad_N)
+        grad_W_FD = None
         if runtime.fused.takes(ctx.weight):
             runtime.fused.update(ctx.weight, index, grad_N, x_BD, runtime, dots=False)
-            return None, grad_b_F, grad_log_threshold_F, None, None, None, None
-        grad_W_FD = runtime.kernels.row_gradients(index, grad_N, x_BD, runtime.compute_dtype)
+        else:
+            grad_W_FD = runtime.kernels.row_gradients(index, grad_N, x_BD, runtime.compute_dtype)
+        # Nothing asks for this layer's index after its encoder; it would wait for the other layers to be done.
+        ctx.codes.forget_index()
         return grad_W_FD, grad_b_F, grad_log_threshold_F, None, None, None, None
 
 
