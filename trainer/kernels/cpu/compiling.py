@@ -79,7 +79,8 @@ def _cache_folder() -> Iterator[None]:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     before = numba.config.CACHE_DIR
-    root = before or os.environ.get("LAYERLOOM_CACHE") or "~/.cache/layerloom"
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = before or os.environ.get("LAYERLOOM_CACHE") or f"{user_cache}/layerloom"
     numba.config.CACHE_DIR = str(Path(root).expanduser() / f"cpu-kernels-{digest.hexdigest()[:16]}")
     try:
         yield
