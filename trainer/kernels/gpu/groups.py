@@ -156,8 +156,8 @@ def marks_of(pre, aux, low, RULE: tl.constexpr):
 
 @triton.jit
 def pre_of(product, bias, places, cols, inside, BIAS: tl.constexpr):
-    """Pre-activations of a tile of one shape, -inf where not inside: no rule marks that."""
-    pre = tl.load(product + places, mask=inside, other=float("-inf")).to(tl.float32)
+    """Pre-activations of a tile of one shape, -1 where not inside: no rule marks that beside an aux of inf."""
+    pre = tl.load(product + places, mask=inside, other=-1.0).to(tl.float32)
     if BIAS:
         pre += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
     return pre
@@ -165,10 +165,10 @@ def pre_of(product, bias, places, cols, inside, BIAS: tl.constexpr):
 
 @triton.jit
 def aux_of(aux, cols, inside, RULE: tl.constexpr):
-    """The rule's operand for columns."""
+    """The rule's operand for columns; inf where not inside."""
     values = 0.0
     if RULE != 0:
-        values = tl.load(aux + cols, mask=inside, other=1.0).to(tl.float32)
+        values = tl.load(aux + cols, mask=inside, other=float("inf")).to(tl.float32)
     return values
 
 
@@ -210,7 +210,7 @@ def _mark_groups(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < n_rows)[:, None] & (cols < n_columns)[None, :]
-    pre = tl.load(product + rows[:, None] * stride + cols[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+    pre = tl.load(product + rows[:, None] * stride + cols[None, :], mask=inside, other=-1.0).to(tl.float32)
     if BIAS:
         pre += tl.load(bias + cols, mask=cols < n_columns, other=0.0).to(tl.float32)[None, :]
     if RULE == 0:
