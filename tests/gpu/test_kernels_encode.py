@@ -1,0 +1,74 @@
+"""The cases of tests/kernels/test_triton_encode.py on a CUDA device, without the interpreter, and a large layer."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.kernels import test_triton_encode as cases
+from tests.kernels.encode_cases import NO_FLOOR, Encoder, encoder
+from trainer.kernels import batch_threshold as reference_batch
+from trainer.kernels import encode_jumprelu as reference_jumprelu
+from trainer.kernels import encode_topk as reference_topk
+from trainer.kernels.gpu.batch_threshold import encode_candidates
+from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
+from trainer.kernels.gpu.encode_topk import encode_topk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Its fixture, and its tests.
+small_blocks = cases.small_blocks
+globals().update({name: value for name, value in vars(cases).items() if name.startswith("test_")})
+
+# Two blocks of tokens and a smaller third one at F = 32,768 in bfloat16.
+B, F, D, K = 9001, 32768, 256, 32
+
+
+@pytest.fixture(scope="module", params=cases.PRECISIONS, ids=["fp32", "bf16", "bf16 parameters"])
+def large(request: pytest.FixtureRequest) -> Encoder:
+    """Sums of small integers, of which each backend must select the same entries."""
+    parameters, compute = request.param
+    return encoder(B, F, D, compute=compute, parameters=parameters)
+
+
+def test_large_topk(large: Encoder) -> None:
+    wanted = reference_topk.encode_topk(*large.operands, K, None, large.compute)
+    for _ in range(2):
+        found = encode_topk(*large.operands, K, None, large.compute)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_large_candidates(large: Encoder) -> None:
+    wanted = reference_batch.encode_candidates(*large.operands, K * B, NO_FLOOR, None, large.compute)
+    for _ in range(2):
+        found = encode_candidates(*large.operands, K * B, NO_FLOOR, None, large.compute)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_large_jumprelu(large: Encoder) -> None:
+    theta_F = torch.full((F,), 90.0, device="cuda", dtype=large.bias_F.dtype)
+    for bandwidth in (0.0, 1.5):
+        wanted = reference_jumprelu.encode_jumprelu(*large.operands, theta_F, bandwidth, large.compute)
+        found = encode_jumprelu(*large.operands, theta_F, bandwidth, large.compute)
+        assert found is not None
+        assert wanted is not None
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_no_tensor_of_all_pre_activations() -> None:
+    """Peak memory of a selection stays below half of what the pre-activations of four blocks need."""
+    case = encoder(4 * 4096, F, 64, compute=torch.bfloat16)
+    case.pre_BF = case.pre_BF[:0]
+    torch.cuda.empty_cache()
+    for select in (
+        lambda: encode_topk(*case.operands, K, None, case.compute),
+        lambda: encode_candidates(*case.operands, K * 4096, NO_FLOOR, None, case.compute),
+        lambda: encode_jumprelu(*case.operands, 60.0, 0.0, case.compute),
+    ):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        select()
+        assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * F
