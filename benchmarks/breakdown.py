@@ -41,7 +41,6 @@ OP_PARTS = {
     "row_gradients": "backward: encoder",
     "feature_sums": "backward: encoder",
     "fused_adam_rows": "backward and optimizer, fused",
-    "fused_adam_vector": "optimizer",
 }
 PARTS = (
     "encoder product",

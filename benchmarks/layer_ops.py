@@ -161,11 +161,6 @@ def _fused_adam_rows(ops: Kernels, i: Inputs, scratch: list[Tensor]) -> list[Ten
     return [squares, dots_N, exp_avg, exp_avg_sq, rows_FC]
 
 
-def _fused_adam_vector(ops: Kernels, i: Inputs, scratch: list[Tensor]) -> list[Tensor]:
-    squares = ops.fused_adam_vector(scratch[0], scratch[1], scratch[2], i.b_F, HYPER)
-    return [squares, *scratch]
-
-
 def _entries(i: Inputs) -> int:
     return i.found.values.numel()
 
@@ -211,10 +206,5 @@ OPS = {
         # Rows and moments, in and out, always in fp32: the fused update has no other.
         streamed=lambda i: 2 * 12 * i.rows_FC.numel(),
         scratch=lambda i: [i.rows_FC.float().clone(), *(m.clone() for m in i.moments), i.grad_BC.to(i.compute)],
-    ),
-    "fused_adam_vector": Op(
-        _fused_adam_vector,
-        streamed=lambda i: 7 * 4 * i.b_F.numel(),
-        scratch=lambda i: [i.b_F.clone(), torch.zeros_like(i.b_F), torch.zeros_like(i.b_F)],
     ),
 }

@@ -336,14 +336,3 @@ def test_fused_adam_bf16_has_the_gradient_of_the_backward_pass() -> None:
     assert_near(first, 0.1 * wanted.rows_FC, NEAR)
     assert float(squares) == pytest.approx(float(wanted.rows_FC.square().sum()), rel=1e-5)
     assert torch.equal(case.rows_FC, before)
-
-
-def test_fused_adam_vector_as_the_reference() -> None:
-    n = 1100
-    start = (torch.randn(n), torch.randn(n), torch.rand(n), torch.randn(n))
-    results = []
-    for op in (reference_adam.fused_adam_vector, adam.fused_adam_vector):
-        tensors = tuple(tensor.clone().to(DEVICE) for tensor in start)
-        results.append((op(*tensors, adam_step(3)), *tensors))
-    for wanted, found in zip(*results, strict=True):
-        assert_near(found, wanted.double(), 5e-6)

@@ -283,24 +283,24 @@ def test_build_csc(n_features: int, n: int) -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows 2**31 values apart (memory that is never touched), and positions above 2**40."""
-    stride, f = 2**31 + 64, 100
-    storage = torch.empty(stride + f, dtype=BF16, device=DEVICE)
-    product = storage.as_strided((2, f), (stride, 1))
-    product.copy_(torch.randint(-9, 10, (2, f)))
+    """A stride of 32 bits whose double is none (memory that is hardly touched), and positions above 2**40."""
+    stride, f = 2**30 + 64, 100
+    storage = torch.empty(2 * stride + f, dtype=BF16, device=DEVICE)
+    product = storage.as_strided((3, f), (stride, 1))
+    product.copy_(torch.randint(-9, 10, (3, f)))
     case = of_table(product.float())
     block = products.Block(first=3 * 2**20, product_RF=product, bias_F=None)
-    rule, scratch = groups.Rule(kind=groups.PLAIN), groups.new_groups(2, f, 8, product.device)
+    rule, scratch = groups.Rule(kind=groups.PLAIN), groups.new_groups(3, f, 8, product.device)
     groups.mark_groups(block, rule, scratch)
-    ids, values = torch.empty(2, 4, dtype=torch.int64, device=DEVICE), torch.empty(2, 4, device=DEVICE)
-    counts, candidates = ids.new_empty(2, dtype=torch.int32), ids.new_empty(2, 2, f, dtype=torch.int32)
+    ids, values = torch.empty(3, 4, dtype=torch.int64, device=DEVICE), torch.empty(3, 4, device=DEVICE)
+    counts, candidates = ids.new_empty(3, dtype=torch.int32), ids.new_empty(2, 3, f, dtype=torch.int32)
     topk._select(block, rule, scratch, 4, candidates, (ids, values, counts))
-    offsets = torch.tensor([0, 4, 8], device=DEVICE)
+    offsets = torch.tensor([0, 4, 8, 12], device=DEVICE)
     assert_topk(reference_topk.Selection(offsets, ids.flatten(), values.flatten()), case, 4)
     one = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    groups.list_groups(scratch, one, 2)
+    groups.list_groups(scratch, one, 3)
     positive = (product > 0).sum(dim=1)
-    starts = torch.cat([positive[:0], positive.cumsum(0) - positive])
+    starts = positive.cumsum(0) - positive
     entries = write_entries(block, rule, scratch, one, starts, int(positive.sum()), row_step=2**20)
     rows, cols = (product > 0).nonzero().T
     assert torch.equal(entries.places, (3 * 2**20 + rows) * 2**20 + cols)

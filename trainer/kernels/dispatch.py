@@ -152,19 +152,6 @@ class FusedAdamRows(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-class FusedAdamVector(Protocol):
-    """Signature of `trainer.kernels.fused_adam_rows.fused_adam_vector`."""
-
-    def __call__(
-        self,
-        parameter_F: Tensor,
-        exp_avg_F: Tensor,
-        exp_avg_sq_F: Tensor,
-        gradient_F: Tensor,
-        hyper: fused_adam_rows.AdamHyper,
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One backend: its name and its ops."""
@@ -180,7 +167,6 @@ class Kernels:
     row_gradients: RowGradients
     feature_sums: FeatureSums
     fused_adam_rows: FusedAdamRows
-    fused_adam_vector: FusedAdamVector
 
 
 REFERENCE = Kernels(
@@ -195,7 +181,6 @@ REFERENCE = Kernels(
     row_gradients=sparse_backward.row_gradients,
     feature_sums=sparse_backward.feature_sums,
     fused_adam_rows=fused_adam_rows.fused_adam_rows,
-    fused_adam_vector=fused_adam_rows.fused_adam_vector,
 )
 
 

@@ -64,13 +64,6 @@ def fused_adam_rows(
     return squares, dots_N
 
 
-def fused_adam_vector(
-    parameter_F: Tensor, exp_avg_F: Tensor, exp_avg_sq_F: Tensor, gradient_F: Tensor, hyper: AdamHyper
-) -> Tensor:
-    """The same update of a vector (a bias) whose gradient is at hand. Returns its sum of squares, 0-dim float64."""
-    return _adam(parameter_F, exp_avg_F, exp_avg_sq_F, gradient_F.clone(), hyper)
-
-
 def _dots(tokens_BC: Tensor, rows_fC: Tensor, tokens_N: Tensor, offsets: Tensor) -> Tensor:
     """(n): tokens[token] . row[feature] of feature-major entries, without an (n, C) temporary."""
     features_N = torch.arange(rows_fC.shape[0], device=rows_fC.device).repeat_interleave(offsets.diff())

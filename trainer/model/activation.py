@@ -49,28 +49,67 @@ def select_layer(
     return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
 
 
+# Share of the running threshold that a batch's own seldom falls below.
+_HINT_SHARE = 0.8
+
+
 def select_all_layers(
-    kind: str, layers: Sequence[SourceLayer], x_BLD: Tensor, k: int, norms: Sequence[Tensor | None], runtime: Runtime
+    kind: str,
+    layers: Sequence[SourceLayer],
+    x_BLD: Tensor,
+    k: int,
+    norms: Sequence[Tensor | None],
+    runtime: Runtime,
+    running_threshold: float,
 ) -> list[Selection]:
-    """Selection with one budget over all layers."""
+    """Selection with one budget over all layers. running_threshold (or NaN): of batchtopk, where to look first; the
+    selection does not depend on it.
+    """
     if kind == "topk":
         return _topk_over_layers(layers, x_BLD, k * len(layers), norms, runtime)
-    return _batchtopk_over_layers(layers, x_BLD, k * len(layers), norms, runtime)
+    return _batchtopk_over_layers(layers, x_BLD, k * len(layers), norms, runtime, running_threshold)
 
 
 def _batchtopk_over_layers(
-    layers: Sequence[SourceLayer], x_BLD: Tensor, k_total: int, norms: Sequence[Tensor | None], runtime: Runtime
+    layers: Sequence[SourceLayer],
+    x_BLD: Tensor,
+    k_total: int,
+    norms: Sequence[Tensor | None],
+    runtime: Runtime,
+    running_threshold: float,
 ) -> list[Selection]:
-    n_tokens, n_features, n = x_BLD.shape[0], layers[0].spec.n_features, k_total * x_BLD.shape[0]
+    n_tokens, n = x_BLD.shape[0], k_total * x_BLD.shape[0]
+    # Entries far below the running threshold hardly win: a floor spares work. Where too few reach it, all over again.
+    floor = _HINT_SHARE * running_threshold if running_threshold > 0 else float("-inf")
+    best = _best_over_layers(layers, x_BLD, n, norms, runtime, floor)
+    if floor > 0 and sum(found.scores.numel() for found in best) < n:
+        best = _best_over_layers(layers, x_BLD, n, norms, runtime, float("-inf"))
+    return [_as_selection(found, n_tokens, layers[0].spec.n_features) for found in best]
+
+
+def _best_over_layers(
+    layers: Sequence[SourceLayer],
+    x_BLD: Tensor,
+    n: int,
+    norms: Sequence[Tensor | None],
+    runtime: Runtime,
+    floor: float,
+) -> list[Candidates]:
+    """The n best entries with score >= floor. The lists are cut when they are full; seldom, once there is a floor."""
     best: list[Candidates] = []
-    floor = float("-inf")
     for s, layer in enumerate(layers):
         best.append(layer.select_candidates(x_BLD[:, s], n, floor, norms[s], runtime))
-        if sum(found.scores.numel() for found in best) > n:
-            masks = runtime.kernels.batch_threshold(best, n, n_features)
+        room = n if layer is layers[-1] or floor == float("-inf") else 2 * n
+        if sum(found.scores.numel() for found in best) > room:
+            masks = runtime.kernels.batch_threshold(best, n, layer.spec.n_features)
             best = [found.keep(mask) for found, mask in zip(best, masks, strict=True)]
-            floor = min(float(found.scores.min()) for found in best if found.scores.numel())
-    return [_as_selection(found, n_tokens, n_features) for found in best]
+            floor = _smallest(best)
+    return best
+
+
+def _smallest(best: Sequence[Candidates]) -> float:
+    """The smallest score; infinity where there is none, and NaN stays NaN."""
+    return min((float(found.scores.min()) for found in best if found.scores.numel()), default=float("inf"))
 
 
 def _as_selection(found: Candidates, n_tokens: int, n_features: int) -> Selection:

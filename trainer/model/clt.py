@@ -9,6 +9,7 @@
 Legend: B tokens, L layers, T target layers (= L), D d_model, F features of a layer, N selected entries.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,7 +300,8 @@ class CrossLayerTranscoder(nn.Module):
         if self.spec.score == "decoder_norm" and self.spec.is_topk:
             norms = list(self.decoder_norms())
         if self.spec.is_topk and self.spec.scope == "all_layers":
-            return list(select_all_layers(kind, self.source_layers, x_BLD, k, norms, runtime))
+            threshold = float(self.running_threshold_L[0]) if kind == "batchtopk" else math.nan
+            return list(select_all_layers(kind, self.source_layers, x_BLD, k, norms, runtime, threshold))
         return [
             select_layer(kind, layer, x_BLD[:, s], k, norms[s], max_density, runtime)
             for s, layer in enumerate(self.source_layers)

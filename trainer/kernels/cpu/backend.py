@@ -23,5 +23,4 @@ CPU = Kernels(
     row_gradients=sparse_backward.row_gradients,
     feature_sums=sparse_backward.feature_sums,
     fused_adam_rows=fused_adam_rows.fused_adam_rows,
-    fused_adam_vector=fused_adam_rows.fused_adam_vector,
 )

@@ -56,6 +56,8 @@ def encode_candidates(
         return reference.encode_candidates(x_BD, weight_FD, bias_F, n, floor, norm_F, compute_dtype)
     bias_F, norm_F = bias_F.contiguous(), norm_F.contiguous() if norm_F is not None else None
     lowest, aim = _key_of(floor), _AIM
+    if lowest > 1:
+        return _best(_reaching(x_BD, weight_FD, bias_F, n, lowest, norm_F), n)
     first_RF = _first_block(x_BD, weight_FD)
     while True:
         wanted = int(aim * n * first_RF.shape[0] / x_BD.shape[0]) + 1

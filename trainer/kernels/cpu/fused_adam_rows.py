@@ -30,8 +30,6 @@ from trainer.kernels.fused_adam_rows import AdamHyper
 _CHUNK = 1024
 # Rows of parameters and moments are read and written: as dear as so many entries.
 _IDLE_COST = 4
-# Values of a part of a vector.
-_VECTOR = 2**14
 
 
 def fused_adam_rows(
@@ -72,20 +70,6 @@ def fused_adam_rows(
         squares_P,
     )
     return squares_P.sum(), dots_N
-
-
-def fused_adam_vector(
-    parameter_F: Tensor, exp_avg_F: Tensor, exp_avg_sq_F: Tensor, gradient_F: Tensor, hyper: AdamHyper
-) -> Tensor:
-    """See the reference; other dtypes than float32 go to it."""
-    tensors = (parameter_F, exp_avg_F, exp_avg_sq_F)
-    if not covers(torch.float32, *tensors, gradient_F) or not all(t.is_contiguous() for t in tensors):
-        return reference.fused_adam_vector(*tensors, gradient_F, hyper)
-    gradient_F = gradient_F.contiguous()
-    parts = -(-gradient_F.numel() // _VECTOR)
-    squares_P = torch.zeros(parts, dtype=torch.float64)
-    launch(_update_vector, parts, gradient_F.numel(), *tensors, gradient_F, _constants(hyper), squares_P)
-    return squares_P.sum()
 
 
 def _constants(hyper: AdamHyper) -> Tensor:
@@ -152,23 +136,4 @@ def _update_rows(pointer: Any) -> None:
                 i, j = f * avg_stride + c, f * sq_stride + c
                 adam(w, avg[i : i + size], sq[j : j + size], g, constants)
         totals[part] = total
-        part = next_part(pointer)
-
-
-@kernel
-def _update_vector(pointer: Any) -> None:
-    a = block_of(pointer)
-    n = a[2]
-    row, avg, sq, gradient = (
-        float32_array(a[3], n),
-        float32_array(a[4], n),
-        float32_array(a[5], n),
-        float32_array(a[6], n),
-    )
-    constants, totals = float32_array(a[7], 6), float64_array(a[8], a[1])
-    part = next_part(pointer)
-    while part < a[1]:
-        i, j = part * _VECTOR, min((part + 1) * _VECTOR, n)
-        totals[part] = squares(gradient[i:j])
-        adam(row[i:j], avg[i:j], sq[i:j], gradient[i:j], constants)
         part = next_part(pointer)

@@ -5,7 +5,7 @@ from trainer.kernels.gpu.batch_threshold import batch_threshold, encode_candidat
 from trainer.kernels.gpu.build_csc import build_csc
 from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
 from trainer.kernels.gpu.encode_topk import encode_topk
-from trainer.kernels.gpu.fused_adam_rows import fused_adam_rows, fused_adam_vector
+from trainer.kernels.gpu.fused_adam_rows import fused_adam_rows
 from trainer.kernels.gpu.sparse_backward import decoder_backward, feature_sums, row_gradients
 from trainer.kernels.gpu.sparse_decode import sparse_decode
 
@@ -21,5 +21,4 @@ TRITON = Kernels(
     row_gradients=row_gradients,
     feature_sums=feature_sums,
     fused_adam_rows=fused_adam_rows,
-    fused_adam_vector=fused_adam_vector,
 )

@@ -25,9 +25,7 @@ from trainer.kernels.gpu.feature_rows import (
     segment_of,
     sum_dots,
 )
-from trainer.kernels.gpu.launch import blocks, has_kernel, rounds, run
-
-_VECTOR_BLOCK = 1024
+from trainer.kernels.gpu.launch import has_kernel, rounds, run
 
 
 def fused_adam_rows(
@@ -88,20 +86,6 @@ def fused_adam_rows(
         **constexprs,
     )
     return squares.sum(dtype=torch.float64), sum_dots(plan, index, weights_N.dtype)
-
-
-def fused_adam_vector(
-    parameter_F: Tensor, exp_avg_F: Tensor, exp_avg_sq_F: Tensor, gradient_F: Tensor, hyper: AdamHyper
-) -> Tensor:
-    """The same update of a vector whose gradient is at hand; its sum of squares. float64: the reference."""
-    if not has_kernel(parameter_F, exp_avg_F, exp_avg_sq_F, gradient_F):
-        return reference.fused_adam_vector(parameter_F, exp_avg_F, exp_avg_sq_F, gradient_F, hyper)
-    n = parameter_F.numel()
-    grid = (blocks(n, _VECTOR_BLOCK),)
-    squares = torch.empty(grid, dtype=torch.float32, device=parameter_F.device)
-    tensors = (parameter_F, exp_avg_F, exp_avg_sq_F, squares, gradient_F)
-    run(_adam_vector, grid, parameter_F, *tensors, n, *_constants(hyper), BLOCK=_VECTOR_BLOCK, num_warps=4)
-    return squares.sum(dtype=torch.float64)
 
 
 def _constants(hyper: AdamHyper) -> tuple[float, ...]:
@@ -195,23 +179,6 @@ def _adam_join(
     )  # fmt: skip
 
 
-@triton.jit
-def _adam_vector(
-    parameters, exp_avgs, exp_avg_sqs, squares, gradients, n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction2,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program: BLOCK elements."""
-    block = tl.program_id(0).to(tl.int64)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    inside = places < n
-    gradient = tl.load(gradients + places, mask=inside, other=0.0).to(tl.float32)
-    _update(
-        parameters + places, exp_avgs + places, exp_avg_sqs + places, squares + block, gradient, inside,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction2,
-    )  # fmt: skip
-
-
 _CONSTANTS = dict.fromkeys(
     ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "step_size", "root_correction2"), "fp32"
 )
@@ -241,12 +208,5 @@ COMPILE_CASES = [
         | (_STATES | _SIZES | _CONSTANTS),
         constexprs={"SEGMENT": SEGMENT, "CHUNK": 256, "ENTRIES": ENTRIES},
         num_warps=1,
-    ),
-    CompileCase(
-        name="fused Adam, vector",
-        kernel=_adam_vector,
-        signature={"parameters": "*fp32", "gradients": "*fp32", "n": "i32"} | (_STATES | _CONSTANTS),
-        constexprs={"BLOCK": _VECTOR_BLOCK},
-        num_warps=4,
     ),
 ]
