@@ -7,20 +7,18 @@ pass, and reading it here fills buffers that are there already.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import xxhash
 
-from activation_store.atomic import fsync_file, fsync_folder
 from activation_store.errors import UserError
 from activation_store.layout import ArrayLayout
 
-_NO_CHUNK = 2**64 - 1
+NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
 # preadv takes at most so many buffers on Linux.
 _IOV_MAX = 1024
@@ -49,53 +47,6 @@ class ShardRecord:
 
     bytes: int
     xxh3_64: str
-
-
-def write_shard(
-    root: Path, array: ArrayLayout, shard: int, buffer: np.ndarray[Any, Any], row_chunks: int
-) -> ShardRecord:
-    """Writes the first `row_chunks` row chunks of `buffer` (of `array.buffer_shape`) as a shard file.
-
-    The file appears whole (rename); `sync_shards` makes it durable. On an error the partial file is removed.
-    """
-    payload = buffer[:row_chunks].reshape(-1).view(np.uint8).data
-    index = np.full((array.slots, 2), _NO_CHUNK, dtype="<u8")
-    used = row_chunks * array.chunks_abreast
-    index[:used, 0] = np.arange(used, dtype=np.uint64) * array.chunk_bytes
-    index[:used, 1] = array.chunk_bytes
-    index_bytes = index.tobytes()
-    tail = index_bytes + google_crc32c.value(index_bytes).to_bytes(_CRC_BYTES, "little")
-    path = root / array.shard_key(shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    digest = xxhash.xxh3_64(payload)
-    digest.update(tail)
-    try:
-        with open(partial, "wb", buffering=0) as file:
-            for piece in (payload, memoryview(tail)):
-                _write_all(file.fileno(), piece)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return ShardRecord(payload.nbytes + len(tail), digest.hexdigest())
-
-
-def sync_shards(root: Path, keys: Iterable[str]) -> None:
-    """Waits until these shards, and the names of their folders, are on disk.
-
-    Once for a block: the system has written most of it by then, and files share what an fsync costs beyond its data.
-    """
-    folders: dict[Path, None] = {}
-    for key in keys:
-        fsync_file(root / key)
-        folders.update(dict.fromkeys((root / key).parents[: len(Path(key).parts) - 1]))
-    for folder in folders:
-        fsync_folder(folder)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def read_pieces(
@@ -133,7 +84,7 @@ def _read_index(descriptor: int, root: Path, array: ArrayLayout, shard: int) -> 
     if google_crc32c.value(tail[:index_bytes]) != int.from_bytes(tail[index_bytes:], "little"):
         raise DamagedShardError(root, key, "the checksum of its index differs")
     index = np.frombuffer(tail, dtype="<u8", count=array.slots * 2).reshape(array.slots, 2)
-    there = index[index[:, 1] != _NO_CHUNK]
+    there = index[index[:, 1] != NO_CHUNK]
     if np.any(there.sum(1, dtype=np.uint64) > payload_bytes):
         raise DamagedShardError(root, key, "cut short")
     return index
