@@ -37,7 +37,8 @@ def parts_of(text: TextConfig, store: StoreConfig) -> list[Part]:
     Held-out contexts come evenly from all held-out documents, at least one from each: `held_out_tokens` or a few more.
     """
     folder = Path(store.path)
-    most_rows = -(-store.tokens // text.context_length) * text.context_length
+    # The context that reaches the last token asked for is taken whole; others may be partly filled.
+    most_rows = store.tokens + text.context_length - 1
     parts = [Part("train", folder, text, store.tokens, most_rows)]
     if store.held_out_tokens > 0 and text.held_out_documents > 0:
         row_tokens = text.context_length * text.held_out_documents
@@ -48,7 +49,7 @@ def parts_of(text: TextConfig, store: StoreConfig) -> list[Part]:
 
 
 def capture_rows(batch: PackedContexts, runner: BlockRunner, names: dict[int, str]) -> StoredRows:
-    """The valid tokens of a batch as rows. `names`: of the documents, for the UserError about a non-finite activation."""
+    """The valid tokens of a batch as rows. Raises UserError, with the document's name, for one that is not finite."""
     captured = runner.hooks.capture(batch.token_ids_NC, batch.positions_NC)
     valid_NC = batch.valid_NC
     document_ids_n = batch.document_ids_NC[valid_NC]

@@ -19,7 +19,7 @@ from activation_store.writer import IntRows
 
 
 class DocumentIndex:
-    """Which rows of a store, complete or not, are a document's. Reads all commits once, and then only what is asked for."""
+    """Which rows of a store, complete or not, are a document's. Reads all commits once."""
 
     def __init__(self, store: ActivationStore) -> None:
         self._store = store

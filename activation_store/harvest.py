@@ -1,4 +1,4 @@
-"""`layerloom harvest`: refuses what cannot work before anything is written, harvests with whoever else does, finishes."""
+"""`layerloom harvest`: refuses what cannot work before anything is written, then joins whoever else harvests."""
 
 import errno
 import os
@@ -125,7 +125,7 @@ def _fill(plan: HarvestPlan, device: torch.device) -> None:
 
 
 def _begin(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> PartWork:
-    """Creates a part's manifest, or joins those who did; the outer store's first: what was begun is known as a store."""
+    """Creates a part's manifest, or joins those who did. The outer store's comes first: it is known as a store then."""
     _manifest(plan, part, hooks).create(part.folder)
     manifest = StoreManifest.load(part.folder)
     if differences := config_differences(manifest.config, plan.identity):

@@ -50,8 +50,7 @@ class HarvestPlan:
 
     def window_rows(self) -> int:
         """Most rows of a window."""
-        contexts = max(-(-part.most_rows // self.text.context_length) for part in self.parts)
-        return min(self.window_contexts, contexts) * self.text.context_length
+        return min(self.window_contexts * self.text.context_length, max(part.most_rows for part in self.parts))
 
 
 def make_plan(subject: SubjectConfig, text: TextConfig, store: StoreConfig) -> HarvestPlan:

@@ -28,7 +28,7 @@ def write_shard(
 ) -> ShardWrite:
     """Creates a shard file of the first `row_chunks` row chunks of `buffer` (of `array.buffer_shape`), durably.
 
-    A file that is there stays: no checksum that somebody took of it is ever made wrong. Raises OSError (such as ENOSPC).
+    A file that is there stays: no checksum that somebody took of it is ever made wrong. Raises OSError (ENOSPC, ...).
     """
     pieces = shard_pieces(array, buffer, row_chunks)
     digest = xxhash.xxh3_64()

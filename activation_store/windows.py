@@ -168,7 +168,7 @@ def _key(window: int) -> str:
 
 
 class _Blocks:
-    """Blocks of documents, packed, their contexts mixed by seed: so that a window of part of a block has some of all."""
+    """Blocks of documents, packed, their contexts mixed by seed: a window of part of a block has some of all."""
 
     def __init__(self, part: Part, subject: Subject) -> None:
         self._part, self._subject = part, subject

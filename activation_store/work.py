@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from activation_store.blocks import BlockRunner, capture_rows
 from activation_store.claims import CLAIMS, Claims
@@ -70,6 +71,7 @@ class Worker:
     window_rows: int
     progress: Progress
     times: WorkTimes = field(default_factory=WorkTimes)
+    _stopped: threading.Event = field(default_factory=threading.Event)
     _free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_BUFFERS))
     _buffers: list[WindowRows] = field(default_factory=list)
 
@@ -141,38 +143,37 @@ class Worker:
         """Windows that this worker may harvest: first what nobody claims, then what was claimed and left."""
         left: list[tuple[PartWork, WindowRecord]] = []
         for work in self.parts:
-            committed = set(committed_windows(work.part.folder))
-            window = -1
-            while True:
-                window += 1
-                if window in committed:
-                    continue
-                record = work.windows.record(window)
-                if record is None:
-                    break
-                if record.rows == 0:
-                    continue
+            for record in _uncommitted(work):
                 if self.claims.take(work.storage, _claim(record)):
-                    if (job := self._unless_committed(work, record)) is not None:
-                        yield job
+                    yield from self._unless_committed(work, record)
                 left.append((work, record))
         while left := [(work, record) for work, record in left if not work.committed(record.window)]:
             for work, record in left:
                 if self.claims.observe(work.storage, _claim(record)):
-                    if (job := self._unless_committed(work, record)) is not None:
-                        yield job
+                    yield from self._unless_committed(work, record)
             if self._stopped.is_set():
                 return
             self.claims.pause()
 
-    def _unless_committed(self, work: PartWork, record: WindowRecord) -> WindowJob | None:
-        """The job of a window that was just claimed; None if its last owner committed it meanwhile."""
+    def _unless_committed(self, work: PartWork, record: WindowRecord) -> Iterator[WindowJob]:
+        """The job of a window that was just claimed; nothing if its last owner committed it meanwhile."""
         if work.committed(record.window):
             self.claims.release(work.storage, _claim(record))
-            return None
-        return WindowJob(work, record, work.windows.text(record))
+        else:
+            yield WindowJob(work, record, work.windows.text(record))
 
-    _stopped: threading.Event = field(default_factory=threading.Event)
+
+def _uncommitted(work: PartWork) -> Iterator[WindowRecord]:
+    """The windows with rows that were not committed when this was begun."""
+    committed = set(committed_windows(work.part.folder))
+    for window in count():
+        if window in committed:
+            continue
+        record = work.windows.record(window)
+        if record is None:
+            return
+        if record.rows:
+            yield record
 
 
 def finish(work: PartWork, claims: Claims) -> None:

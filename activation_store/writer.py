@@ -79,10 +79,10 @@ class WindowRows:
 class WindowWriter:
     """Writes the shards of windows and commits them. Not thread-safe; any number of writers may share a store.
 
-    A window begins at a shard boundary and owns its shards, which count for nothing before the commit. Files are created
-    and never changed: of two workers that write the same window (one was taken for dead), the first to create a shard
-    decides its bytes and the other takes them over, so that both would commit the same checksums; on equal hardware the
-    bytes are equal anyway.
+    A window begins at a shard boundary and owns its shards, which count for nothing before the commit. Files are
+    created and never changed: of two workers that write the same window (one was taken for dead), the first to create a
+    shard decides its bytes and the other takes them over, so that both would commit the same checksums; on equal
+    hardware the bytes are equal anyway.
     """
 
     def __init__(self, folder: Path, storage: Storage, manifest: StoreManifest) -> None:
@@ -186,7 +186,7 @@ class WindowWriter:
         return sums
 
     def _decoded(self, name: str, chunk: int) -> Tensor:
-        """One chunk of all layers (L, R, D) as a reader will see it; the stored values themselves where they have no scale."""
+        """One chunk of all layers (L, R, D) as a reader will see it; the values themselves where they have no scale."""
         values = from_bits(self._buffers[name][chunk], self.layout.dtype)
         if self.layout.scale(name) is None:
             return values

@@ -32,7 +32,6 @@ from tests.store.harvesting import Configs, harvest_in_child
 from tests.store.test_shards import tree
 from tests.tiny import BOS_ID, sentences
 
-
 # Of 12 contexts of 24 tokens in 3 layers: six or seven windows in most tests.
 WINDOW_BYTES = 12 * 24 * 3 * 16 * 2 * 4
 

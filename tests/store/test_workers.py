@@ -40,7 +40,7 @@ def test_workers_killed_at_random_leave_what_one_alone_makes(configs: Configs) -
     workers = [harvest_in_child(asked) for _ in range(2)]
     kills = 0
     while kills < 4:
-        assert wait_for(lambda: (store / "windows").is_dir(), workers[0]) or kills
+        assert wait_for((store / "windows").is_dir, workers[0]) or kills
         time.sleep(rng.uniform(0.0, 0.25))
         victim = int(rng.integers(len(workers)))
         if workers[victim].is_alive():
