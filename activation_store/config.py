@@ -160,7 +160,14 @@ class SourceConfig:
     kind: SourceKind = SourceKind.disk
     # Order of the rows: a function of this seed and the position.
     seed: int = 0
-    # Rows that are mixed with one another in memory at a time (a pool of shuffled chunks).
+    # Rows of all ranks together that are held in memory, as stored, to be mixed with one another.
     pool_rows: int = 16_384
-    # Batches read ahead by a background thread.
-    prefetch_batches: int = 2
+    # Places of the store from which a batch takes its rows, equally many from each (fewer if they do not divide the
+    # batch). Ranks that divide it read only their own bytes.
+    lanes: int = 64
+    # Rows that stay neighbours in a lane (they were shuffled when written); fewer mix more finely and read more slowly.
+    run_rows: int = 32
+    # Bytes of batches that are read ahead, as they are given to training; at least one batch.
+    prefetch_bytes: int = 268_435_456
+    # Threads that read, decompress and decode.
+    threads: int = 1

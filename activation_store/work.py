@@ -197,6 +197,7 @@ def _complete(work: PartWork) -> None:
     store = ActivationStore(folder, manifest, [(start, rows) for start, rows in manifest.blocks])
     manifest.statistics, manifest.outlier_rows = store.compute_statistics()
     manifest.status = COMPLETE
+    ActivationStore(folder, manifest, [(start, rows) for start, rows in manifest.blocks]).used.save(folder)
     create_zarr(folder, manifest.layout, sum(manifest.blocks[-1]) if manifest.blocks else 0)
     manifest.save(folder)
     for place in (WINDOWS, CLAIMS):
