@@ -36,12 +36,15 @@ class WorkTimes:
 
     def line(self) -> str:
         """What the subject's thread did, and what went on beside it."""
-        shown = {key: human_seconds(value) if value >= 10 else f"{value:.2g} s" for key, value in self.seconds.items()}
-        get = lambda key: shown.get(key, "0 s")  # noqa: E731
         return (
-            f"harvest: the subject ran {get('subject')}, waited {get('text')} for text and {get('disk')} for the disk; "
-            f"beside it, tokenising took {get('tokenise')} and writing {get('write')}"
+            f"harvest: the subject ran {self._shown('subject')}, waited {self._shown('text')} for text and "
+            f"{self._shown('disk')} for the disk; beside it, tokenising took {self._shown('tokenise')} and writing "
+            f"{self._shown('write')}"
         )
+
+    def _shown(self, what: str) -> str:
+        seconds = self.seconds.get(what, 0.0)
+        return human_seconds(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 class Ahead(Generic[T]):

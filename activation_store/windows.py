@@ -148,7 +148,8 @@ class Windows:
 
     def _collect(self, block: int, context: int, contexts: int) -> tuple[WindowText, tuple[int, int], bool]:
         """So many contexts from a place on: they, the place after them, and whether the text ended before."""
-        parts, names = [self._blocks.none()], {}
+        parts = [self._blocks.none()]
+        names: dict[int, str] = {}
         while contexts:
             found = self._blocks.get(block)
             if found is None:

@@ -71,6 +71,7 @@ class Worker:
     window_rows: int
     progress: Progress
     times: WorkTimes = field(default_factory=WorkTimes)
+    _own_commit: threading.Event = field(default_factory=threading.Event)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_BUFFERS))
     _buffers: list[WindowRows] = field(default_factory=list)
@@ -127,6 +128,7 @@ class Worker:
                 if not work.committed(record.window):
                     raise
             self.claims.release(work.storage, job.claim)
+        self._own_commit.set()
         self._buffers.append(rows)
         self._free.release()
 
@@ -148,12 +150,15 @@ class Worker:
                     yield from self._unless_committed(work, record)
                 left.append((work, record))
         while left := [(work, record) for work, record in left if not work.committed(record.window)]:
+            if self._stopped.is_set():
+                return
+            # A commit of this worker's own may have been the last: that is looked at at once, claims at their pace.
+            if self._own_commit.wait(self.claims.pause_seconds):
+                self._own_commit.clear()
+                continue
             for work, record in left:
                 if self.claims.observe(work.storage, _claim(record)):
                     yield from self._unless_committed(work, record)
-            if self._stopped.is_set():
-                return
-            self.claims.pause()
 
     def _unless_committed(self, work: PartWork, record: WindowRecord) -> Iterator[WindowJob]:
         """The job of a window that was just claimed; nothing if its last owner committed it meanwhile."""
@@ -165,6 +170,9 @@ class Worker:
 
 def _uncommitted(work: PartWork) -> Iterator[WindowRecord]:
     """The windows with rows that were not committed when this was begun."""
+    if work.manifest.status == COMPLETE:
+        # Its records of windows are gone: to look for one would tokenise all of the text.
+        return
     committed = set(committed_windows(work.part.folder))
     for window in count():
         if window in committed:
