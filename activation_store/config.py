@@ -9,11 +9,29 @@ from enum import StrEnum
 
 
 class Dtype(StrEnum):
-    """Floating dtypes of subjects and stores. `bfloat16` is stored as its bits in a uint16 array."""
+    """Floating dtypes in which a subject runs."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class StoreDtype(StrEnum):
+    """Dtypes of stored activations. The 8-bit ones have a scale per token and layer (`activation_store.codec`)."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float8_e4m3 = "float8_e4m3"
+
+
+class Compression(StrEnum):
+    """Compression of stored activations: Blosc with bitshuffle, which zarr readers know."""
+
+    none = "none"
+    lz4 = "lz4"
+    zstd = "zstd"
 
 
 class InputHook(StrEnum):
@@ -89,7 +107,7 @@ class TextConfig:
     contexts_per_document: int = 0
     # Whole documents kept from training, the first ones in the shuffled order. They are evaluated on.
     held_out_documents: int = 24
-    # Documents packed together; the unit of work and of commit (packing restarts at every block).
+    # Documents packed together (packing restarts at every block); their contexts are mixed.
     documents_per_block: int = 16
     # Licence of the text, for manifest and model card.
     license: str = ""
@@ -106,8 +124,10 @@ class StoreConfig:
     # Layers [layer_start, layer_stop) are run and captured; null: to the last one.
     layer_start: int = 0
     layer_stop: int | None = None
-    # Dtype on disk.
-    dtype: Dtype = Dtype.float16
+    # Dtype on disk. int8 and float8_e4m3 have a scale per token and layer.
+    dtype: StoreDtype = StoreDtype.float16
+    # Compression of the activations on disk.
+    compression: Compression = Compression.none
     # Rows (tokens, position 0 included) to harvest for training, and for evaluation during training
     # (a store of its own in `held_out/`, from the held-out documents; 0: none).
     tokens: int = 144_000
@@ -117,6 +137,12 @@ class StoreConfig:
     shard_rows: int = 2_048
     # Contexts in one forward of the subject.
     batch_contexts: int = 8
+    # Bytes of activations, counted in 32 bits, that are harvested, shuffled and committed together: a window.
+    window_bytes: int = 1_073_741_824
+    # Folder where windows are gathered before they are written, on a fast local disk; empty: in memory (two windows).
+    scratch: str = ""
+    # Seconds without a sign of life after which what a worker had claimed is harvested by another.
+    claim_seconds: float = 20.0
     # Rows whose norm exceeds this many times the layer's mean norm are not trained on.
     outlier_factor: float = 20.0
 
@@ -135,7 +161,14 @@ class SourceConfig:
     kind: SourceKind = SourceKind.disk
     # Order of the rows: a function of this seed and the position.
     seed: int = 0
-    # Rows that are mixed with one another in memory at a time (a pool of shuffled chunks).
+    # Rows of all ranks together that are held in memory, as stored, to be mixed with one another.
     pool_rows: int = 16_384
-    # Batches read ahead by a background thread.
-    prefetch_batches: int = 2
+    # Places of the store from which a batch takes its rows, equally many from each (fewer if they do not divide the
+    # batch). Ranks that divide it read only their own bytes.
+    lanes: int = 64
+    # Rows that stay neighbours in a lane (they were shuffled when written); fewer mix more finely and read more slowly.
+    run_rows: int = 32
+    # Bytes of batches that are read ahead, as they are given to training; at least one batch.
+    prefetch_bytes: int = 268_435_456
+    # Threads that read, decompress and decode.
+    threads: int = 1

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
-from torch import Tensor
-from zarr.codecs import BytesCodec
+from zarr.codecs import BloscCname, BloscCodec, BytesCodec
 
 from activation_store.atomic import fsync_file
-from activation_store.config import Dtype
+from activation_store.codec import NUMPY_DTYPES, has_scale
+from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
 
-FORMAT_VERSION = 1
-# zarr knows no bfloat16: its bits are stored, and `logical_dtype` in the array's attributes says what they mean.
-NUMPY_DTYPES = {Dtype.float32: "<f4", Dtype.float16: "<f2", Dtype.bfloat16: "<u2"}
-TORCH_DTYPES = {Dtype.float32: torch.float32, Dtype.float16: torch.float16, Dtype.bfloat16: torch.bfloat16}
+FORMAT_VERSION = 2
+# Of Blosc: fast settings, for 16-bit activations do not shrink more for a higher level.
+COMPRESSION_LEVELS = {Compression.lz4: 5, Compression.zstd: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,7 @@ class ArrayLayout:
     fill: int
     chunk_rows: int
     shard_rows: int
+    compression: Compression = Compression.none
 
     @property
     def row_chunks(self) -> int:
@@ -70,6 +69,7 @@ class ArrayLayout:
 
     @property
     def chunk_bytes(self) -> int:
+        """Bytes of an inner chunk before compression."""
         return self.chunk_rows * self.row_bytes
 
     @property
@@ -84,13 +84,17 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True)
 class StoreLayout:
-    """Shapes of a store: `mlp_in`, `mlp_out` (rows, L, D), `norms` (rows, L, 2), and three arrays (rows,)."""
+    """Shapes of a store: `mlp_in`, `mlp_out` (rows, L, D), `norms` (rows, L, 2), and four arrays (rows,).
+
+    8-bit dtypes have `mlp_in_scale`, `mlp_out_scale` (rows, L) besides.
+    """
 
     n_layers: int
     d_model: int
-    dtype: Dtype
+    dtype: StoreDtype
     chunk_rows: int
     shard_rows: int
+    compression: Compression = Compression.none
 
     def __post_init__(self) -> None:
         if self.chunk_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
@@ -103,16 +107,27 @@ class StoreLayout:
         """`mlp_in` or `mlp_out`."""
         dtype = np.dtype(NUMPY_DTYPES[self.dtype])
         row_shape = (self.n_layers, self.d_model)
-        return ArrayLayout(name, row_shape, True, dtype, self.dtype.value, 0, self.chunk_rows, self.shard_rows)
+        return ArrayLayout(
+            name, row_shape, True, dtype, self.dtype.value, 0, self.chunk_rows, self.shard_rows, self.compression
+        )
+
+    def scale(self, name: str) -> ArrayLayout | None:
+        """The scales of `mlp_in` or `mlp_out`, for dtypes that have them."""
+        if not has_scale(self.dtype):
+            return None
+        row_shape, stored = (self.n_layers,), np.dtype("<f4")
+        return ArrayLayout(f"{name}_scale", row_shape, True, stored, "float32", 0, self.chunk_rows, self.shard_rows)
 
     def arrays(self) -> list[ArrayLayout]:
         """All arrays, the small ones last."""
         return [
             self.activations("mlp_in"),
             self.activations("mlp_out"),
+            *(scale for name in ("mlp_in", "mlp_out") if (scale := self.scale(name)) is not None),
             self._small("norms", (self.n_layers, 2), "float32"),
             self._small("token_ids", (), "int32"),
             self._small("document_ids", (), "int64", fill=-1),
+            self._small("pieces", (), "int32"),
             self._small("positions", (), "int32"),
         ]
 
@@ -130,52 +145,33 @@ class StoreLayout:
         return ArrayLayout(name, row_shape, False, stored, dtype, fill, self.chunk_rows, self.shard_rows)
 
 
-def create_zarr(folder: Path, layout: StoreLayout) -> None:
-    """Writes the metadata of the group and its empty arrays, where they are missing."""
+def create_zarr(folder: Path, layout: StoreLayout, rows: int = 0) -> None:
+    """Writes the metadata of the group and its arrays of `rows` rows, where they are missing."""
     group = zarr.open_group(folder, mode="a", zarr_format=3, attributes={"layerloom_format_version": FORMAT_VERSION})
     for array in layout.arrays():
-        if array.name in group:
-            continue
-        group.create_array(
-            array.name,
-            shape=(0, *array.row_shape),
-            dtype=array.dtype,
-            chunks=array.zarr_chunk_shape,
-            shards=(array.shard_rows, *array.row_shape),
-            # Uncompressed: 16-bit activations hardly shrink, and a reader takes the bytes as they are.
-            serializer=BytesCodec(),
-            compressors=None,
-            filters=None,
-            fill_value=array.fill,
-            attributes={"logical_dtype": array.logical_dtype},
-            dimension_names=["row", "layer", "dim"][: 1 + len(array.row_shape)],
-        )
+        if array.name not in group:
+            group.create_array(
+                array.name,
+                shape=(rows, *array.row_shape),
+                dtype=array.dtype,
+                chunks=array.zarr_chunk_shape,
+                shards=(array.shard_rows, *array.row_shape),
+                serializer=BytesCodec(),
+                compressors=_compressors(array),
+                filters=None,
+                fill_value=array.fill,
+                attributes={"logical_dtype": array.logical_dtype},
+                dimension_names=["row", "layer", "dim"][: 1 + len(array.row_shape)],
+            )
+        # zarr renames a file that may not be on disk yet.
+        fsync_file(folder / array.name / "zarr.json")
 
 
-def grow_zarr(folder: Path, layout: StoreLayout, rows: int) -> None:
-    """Sets the length of every array (metadata only; arrays of that length are left alone)."""
-    group = zarr.open_group(folder, mode="r+")
-    for array in layout.arrays():
-        member = group[array.name]
-        assert isinstance(member, zarr.Array)
-        if member.shape[0] != rows:
-            member.resize((rows, *array.row_shape))
-            # zarr renames a file that may not be on disk yet.
-            fsync_file(folder / array.name / "zarr.json")
-
-
-def to_stored(x: Tensor, dtype: Dtype) -> Tensor:
-    """`x` in the dtype of the store, on the CPU, contiguous. Values out of range become infinite."""
-    return x.to(TORCH_DTYPES[dtype]).cpu().contiguous()
-
-
-def stored_bits(x: Tensor) -> np.ndarray[Any, Any]:
-    """The numpy array that a stored tensor's bytes are (bfloat16 as uint16)."""
-    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype is torch.bfloat16 else x.numpy()
-
-
-def from_bits(bits: np.ndarray[Any, Any], dtype: Dtype) -> Tensor:
-    """The tensor over the bytes of a stored array; inverse of `stored_bits`, without a copy."""
-    if dtype is Dtype.bfloat16:
-        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(bits)
+def _compressors(array: ArrayLayout) -> list[BloscCodec] | None:
+    """zarr's codecs of an array; `activation_store.shards` does the same to the bytes."""
+    if array.compression is Compression.none:
+        return None
+    level = COMPRESSION_LEVELS[array.compression]
+    size = array.dtype.itemsize
+    cname = BloscCname(array.compression.value)
+    return [BloscCodec(typesize=size, cname=cname, clevel=level, shuffle="bitshuffle", blocksize=0)]

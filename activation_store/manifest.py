@@ -1,14 +1,16 @@
-"""`manifest.json` (what a store is) and `commits/NNNNNNNN.json` (one per block that is wholly on disk)."""
+"""`manifest.json` (what a store is) and `commits/NNNNNNNN.json` (one per window that is wholly on disk)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from activation_store.atomic import create_json, read_json, write_json
-from activation_store.config import Dtype, StoreConfig, SubjectConfig, TextConfig
+from activation_store.config import Compression, StoreConfig, StoreDtype, SubjectConfig, TextConfig
 from activation_store.errors import UserError
 from activation_store.layout import FORMAT_VERSION, StoreLayout
 from activation_store.shards import ShardRecord, repair
@@ -22,7 +24,7 @@ HARVESTING, COMPLETE = "harvesting", "complete"
 # through the fingerprints of what they lead to.
 _FREE_SUBJECT = ("path", "revision", "base_model", "model_name", "license", "cache_dir")
 _FREE_TEXT = ("path", "license")
-_FREE_STORE = ("path",)
+_FREE_STORE = ("path", "scratch", "claim_seconds")
 
 
 class DamagedRecordError(UserError):
@@ -61,7 +63,7 @@ class StoreManifest:
     # Layers of the subject that were captured, in the order of the arrays' second axis.
     layers: list[int]
     d_model: int
-    dtype: Dtype
+    dtype: StoreDtype
     # What the store was asked to be, for comparison: see `identity`.
     config: dict[str, Any]
     # `dataclasses.asdict` of the TextConfig.
@@ -70,24 +72,34 @@ class StoreManifest:
     shard_rows: int
     outlier_factor: float
     provenance: dict[str, str]
+    compression: Compression = Compression.none
     # Rows of all blocks, and of those the ones that training leaves out as outliers.
     rows: int = 0
     outlier_rows: int = 0
     documents: int = 0
-    # [first row in the arrays, rows] of each block, in order.
+    # [first row in the arrays, rows] of each window, in order.
     blocks: list[list[int]] = field(default_factory=list)
     statistics: ScalingStatistics | None = None
 
     @property
     def layout(self) -> StoreLayout:
         """Shapes of the arrays."""
-        return StoreLayout(len(self.layers), self.d_model, self.dtype, self.chunk_rows, self.shard_rows)
+        return StoreLayout(
+            len(self.layers), self.d_model, self.dtype, self.chunk_rows, self.shard_rows, self.compression
+        )
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json`, whole or not at all."""
+        write_json(folder / MANIFEST, self._to_dict())
+
+    def create(self, folder: Path) -> bool:
+        """Like `save`, but only where there is none yet; False if there is one (it stays)."""
+        return create_json(folder / MANIFEST, self._to_dict())
+
+    def _to_dict(self) -> dict[str, Any]:
         data = {name.name: getattr(self, name.name) for name in fields(self)}
         data["statistics"] = None if self.statistics is None else self.statistics.to_dict()
-        write_json(folder / MANIFEST, data)
+        return data
 
     @classmethod
     def load(cls, folder: Path) -> "StoreManifest":
@@ -107,7 +119,8 @@ class StoreManifest:
             return cls(
                 **data
                 | {
-                    "dtype": Dtype(data["dtype"]),
+                    "dtype": StoreDtype(data["dtype"]),
+                    "compression": Compression(data["compression"]),
                     "statistics": None if statistics is None else ScalingStatistics.from_dict(statistics),
                 }
             )
@@ -115,7 +128,7 @@ class StoreManifest:
 
 @dataclass(frozen=True, slots=True)
 class CommittedDocument:
-    """A document of a block: `index` is what `document_ids` holds, `rows` how many of its tokens are in the store."""
+    """A document of a window: `index` is what `document_ids` holds, `rows` how many of its tokens are in the window."""
 
     index: int
     name: str
@@ -124,9 +137,15 @@ class CommittedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A block that is wholly on disk. `files` are its shards, relative to the store's folder."""
+    """A window that is wholly on disk. `files` are its shards, relative to the store's folder.
 
-    block: int
+    Its text: `contexts` contexts from context `first_context` of block `first_block` on.
+    """
+
+    window: int
+    first_block: int
+    first_context: int
+    contexts: int
     start_row: int
     rows: int
     documents: list[CommittedDocument]
@@ -134,15 +153,18 @@ class Commit:
     sums: RowSums
 
     def create(self, folder: Path) -> bool:
-        """Publishes the commit; False if another one of this block is there already."""
-        return create_json(commit_path(folder, self.block), asdict(self) | {"sums": self.sums.to_dict()})
+        """Publishes the commit; False if another one of this window is there already."""
+        return create_json(commit_path(folder, self.window), asdict(self) | {"sums": self.sums.to_dict()})
 
     @classmethod
     def load(cls, path: Path) -> "Commit":
         with _readable(path):
             data = read_json(path)
             return cls(
-                block=data["block"],
+                window=data["window"],
+                first_block=data["first_block"],
+                first_context=data["first_context"],
+                contexts=data["contexts"],
                 start_row=data["start_row"],
                 rows=data["rows"],
                 documents=[CommittedDocument(**document) for document in data["documents"]],
@@ -151,16 +173,25 @@ class Commit:
             )
 
 
-def commit_path(folder: Path, block: int) -> Path:
-    return folder / COMMITS / f"{block:08d}.json"
+def commit_path(folder: Path, window: int) -> Path:
+    return folder / COMMITS / f"{window:08d}.json"
+
+
+def committed_windows(folder: Path) -> list[int]:
+    """The windows that are committed, in order. Those between them are still to be harvested."""
+    return sorted(int(path.stem) for path in (folder / COMMITS).glob("*.json") if path.stem.isdecimal())
 
 
 def read_commits(folder: Path) -> Iterator[Commit]:
-    """The commits from block 0 up to the first that is missing, one at a time (each may be a megabyte)."""
-    block = 0
-    while (path := commit_path(folder, block)).exists():
-        yield Commit.load(path)
-        block += 1
+    """The commits in the order of their windows, one at a time (each may be a megabyte)."""
+    for window in committed_windows(folder):
+        yield Commit.load(commit_path(folder, window))
+
+
+def count_documents(commits: Iterable[Commit]) -> int:
+    """Documents of all windows together; a document may be in several."""
+    found = [np.array([d.index for d in commit.documents], dtype=np.int64) for commit in commits]
+    return len(np.unique(np.concatenate(found))) if found else 0
 
 
 def identity(

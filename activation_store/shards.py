@@ -1,29 +1,39 @@
-"""The bytes of a shard file: zarr's `sharding_indexed` codec with uncompressed inner chunks.
+"""The bytes of a shard file: zarr's `sharding_indexed` codec, read without zarr-python.
 
 A file is its inner chunks one after another, then an index of (offset, length) as little-endian uint64 for every inner
 chunk of the shard in C order (both 2^64 - 1 for a chunk that is not there), then the index's CRC32C. zarr reads what
-this writes, and the other way round (property tests); writing it here gives checksum and order of the chunks in one
-pass, and reading it here fills buffers that are there already.
+activation_store.shard_writer writes, and this reads what zarr writes (property tests). Reading it here fills memory
+that is there already, each row where it is wanted.
 """
 
+import ctypes
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import xxhash
+from numcodecs import blosc
 
-from activation_store.atomic import fsync_file, fsync_folder
+from activation_store.config import Compression
 from activation_store.errors import UserError
 from activation_store.layout import ArrayLayout
 
-_NO_CHUNK = 2**64 - 1
+NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
-# preadv takes at most so many buffers on Linux.
+# preadv takes at most so many pieces on Linux.
 _IOV_MAX = 1024
+# (address, bytes) of pieces of memory, (n, 2): C's struct iovec.
+Pieces = np.ndarray[Any, np.dtype[np.uint64]]
+_Offsets = np.ndarray[Any, np.dtype[np.int64]]
+
+# Not os.preadv: a Python object for every row of every layer would take longer than copying it.
+_preadv = ctypes.CDLL(None, use_errno=True).preadv
+_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong]
+_preadv.restype = ctypes.c_ssize_t
 
 
 def repair(root: Path) -> str:
@@ -51,132 +61,134 @@ class ShardRecord:
     xxh3_64: str
 
 
-def write_shard(
-    root: Path, array: ArrayLayout, shard: int, buffer: np.ndarray[Any, Any], row_chunks: int
-) -> ShardRecord:
-    """Writes the first `row_chunks` row chunks of `buffer` (of `array.buffer_shape`) as a shard file.
+class ShardFile:
+    """An open shard file and its index. Any number of threads may read; it is closed when nobody refers to it."""
 
-    The file appears whole (rename); `sync_shards` makes it durable. On an error the partial file is removed.
-    """
-    payload = buffer[:row_chunks].reshape(-1).view(np.uint8).data
-    index = np.full((array.slots, 2), _NO_CHUNK, dtype="<u8")
-    used = row_chunks * array.chunks_abreast
-    index[:used, 0] = np.arange(used, dtype=np.uint64) * array.chunk_bytes
-    index[:used, 1] = array.chunk_bytes
-    index_bytes = index.tobytes()
-    tail = index_bytes + google_crc32c.value(index_bytes).to_bytes(_CRC_BYTES, "little")
-    path = root / array.shard_key(shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    digest = xxhash.xxh3_64(payload)
-    digest.update(tail)
-    try:
-        with open(partial, "wb", buffering=0) as file:
-            for piece in (payload, memoryview(tail)):
-                _write_all(file.fileno(), piece)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return ShardRecord(payload.nbytes + len(tail), digest.hexdigest())
+    def __init__(self, root: Path, array: ArrayLayout, shard: int) -> None:
+        """Raises DamagedShardError for a file that is missing, cut short or whose index is damaged."""
+        self._root, self._array, self._key = root, array, array.shard_key(shard)
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(root / self._key, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._damaged("missing") from None
+        self._index = self._read_index()
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, first_slot: int, pieces: Sequence[Pieces], *, byte_start: int = 0) -> None:
+        """Fills `pieces[i]` with the bytes of inner chunk `first_slot + i` from its byte `byte_start` on.
+
+        The pieces of all chunks have equally many bytes. Raises DamagedShardError.
+        """
+        index = self._index[first_slot : first_slot + len(pieces)]
+        plain = self._array.compression is Compression.none
+        wrong = index[:, 1] != self._array.chunk_bytes if plain else index[:, 1] == NO_CHUNK
+        if len(index) < len(pieces) or np.any(wrong):
+            raise self._damaged("a chunk of committed rows is not in its index")
+        if not plain:
+            for entry, wanted in zip(index, pieces, strict=True):
+                _copy(self._decompressed(int(entry[0]), int(entry[1])), byte_start, wanted)
+            return
+        offsets = index[:, 0].astype(np.int64) + byte_start
+        for start, stop in _contiguous(offsets, int(pieces[0][:, 1].sum())):
+            wanted = np.ascontiguousarray(np.concatenate(pieces[start:stop]))
+            if not _read_pieces(self._descriptor, wanted, int(offsets[start])):
+                raise self._damaged("cut short")
+
+    def hint(self, first_slot: int, slots: int) -> None:
+        """Asks the system to bring inner chunks into the page cache."""
+        index = self._index[first_slot : first_slot + slots]
+        index = index[index[:, 1] != NO_CHUNK]
+        if len(index):
+            start, stop = int(index[:, 0].min()), int(index.sum(1, dtype=np.uint64).max())
+            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _read_index(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """(offset, length) of every inner chunk, (slots, 2), checked against its checksum and the file's size."""
+        slots = self._array.slots
+        payload_bytes = os.fstat(self._descriptor).st_size - slots * 16 - _CRC_BYTES
+        if payload_bytes < 0:
+            raise self._damaged("cut short")
+        tail = os.pread(self._descriptor, slots * 16 + _CRC_BYTES, payload_bytes)
+        if google_crc32c.value(tail[: slots * 16]) != int.from_bytes(tail[slots * 16 :], "little"):
+            raise self._damaged("the checksum of its index differs")
+        index = np.frombuffer(tail, dtype="<u8", count=slots * 2).reshape(slots, 2)
+        there = index[index[:, 1] != NO_CHUNK]
+        if np.any(there.sum(1, dtype=np.uint64) > payload_bytes):
+            raise self._damaged("cut short")
+        return index
+
+    def _decompressed(self, offset: int, length: int) -> np.ndarray[Any, Any]:
+        """One inner chunk."""
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) < length:
+            raise self._damaged("cut short")
+        out = np.empty(self._array.chunk_bytes, dtype=np.uint8)
+        try:
+            # A header that lies about the size would write past the end.
+            if length < _BLOSC_HEADER or int.from_bytes(data[4:8], "little") != out.nbytes:
+                raise RuntimeError
+            blosc.decompress(data, out)
+        except RuntimeError:
+            raise self._damaged("a chunk cannot be decompressed") from None
+        return out
+
+    def _damaged(self, reason: str) -> DamagedShardError:
+        return DamagedShardError(self._root, self._key, reason)
 
 
-def sync_shards(root: Path, keys: Iterable[str]) -> None:
-    """Waits until these shards, and the names of their folders, are on disk.
-
-    Once for a block: the system has written most of it by then, and files share what an fsync costs beyond its data.
-    """
-    folders: dict[Path, None] = {}
-    for key in keys:
-        fsync_file(root / key)
-        folders.update(dict.fromkeys((root / key).parents[: len(Path(key).parts) - 1]))
-    for folder in folders:
-        fsync_folder(folder)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+# Bytes of Blosc's header; bytes 4 to 8 of it are the size when decompressed.
+_BLOSC_HEADER = 16
 
 
 def read_pieces(
     root: Path, array: ArrayLayout, shard: int, buffers: Sequence[memoryview], *, first_slot: int, byte_start: int = 0
 ) -> None:
-    """Fills `buffers[i]` (contiguous bytes) from byte `byte_start` of inner chunk `first_slot + i` on.
+    """Fills `buffers[i]` (contiguous bytes, equally many) from byte `byte_start` of inner chunk `first_slot + i` on.
 
     Raises DamagedShardError for a file that is missing, short, or whose index is damaged.
     """
-    key = array.shard_key(shard)
-    try:
-        descriptor = os.open(root / key, os.O_RDONLY)
-    except FileNotFoundError:
-        raise DamagedShardError(root, key, "missing") from None
-    try:
-        index = _read_index(descriptor, root, array, shard)[first_slot : first_slot + len(buffers)]
-        if len(index) < len(buffers) or np.any(index[:, 1] != array.chunk_bytes):
-            raise DamagedShardError(root, key, "a chunk of committed rows is not in its index")
-        offsets = index[:, 0].astype(np.int64) + byte_start
-        for start, stop in _contiguous(offsets, [buffer.nbytes for buffer in buffers]):
-            if not _read_all(descriptor, buffers[start:stop], int(offsets[start])):
-                raise DamagedShardError(root, key, "cut short")
-    finally:
-        os.close(descriptor)
+    views = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
+    pieces = [np.array([[view.ctypes.data, view.nbytes]], dtype=np.uint64) for view in views]
+    ShardFile(root, array, shard).read(first_slot, pieces, byte_start=byte_start)
 
 
-def _read_index(descriptor: int, root: Path, array: ArrayLayout, shard: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """(offset, length) of every inner chunk, (slots, 2), checked against its checksum and the file's size."""
-    key = array.shard_key(shard)
-    index_bytes = array.slots * 16
-    payload_bytes = os.fstat(descriptor).st_size - index_bytes - _CRC_BYTES
-    if payload_bytes < 0:
-        raise DamagedShardError(root, key, "cut short")
-    tail = os.pread(descriptor, index_bytes + _CRC_BYTES, payload_bytes)
-    if google_crc32c.value(tail[:index_bytes]) != int.from_bytes(tail[index_bytes:], "little"):
-        raise DamagedShardError(root, key, "the checksum of its index differs")
-    index = np.frombuffer(tail, dtype="<u8", count=array.slots * 2).reshape(array.slots, 2)
-    there = index[index[:, 1] != _NO_CHUNK]
-    if np.any(there.sum(1, dtype=np.uint64) > payload_bytes):
-        raise DamagedShardError(root, key, "cut short")
-    return index
+def _contiguous(offsets: _Offsets, size: int) -> list[tuple[int, int]]:
+    """Runs of chunks of which `size` bytes each follow one another in the file."""
+    cuts = np.flatnonzero(np.diff(offsets) != size) + 1
+    edges = [0, *cuts.tolist(), len(offsets)]
+    return list(itertools.pairwise(edges))
 
 
-def _contiguous(offsets: np.ndarray[Any, np.dtype[np.int64]], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of buffers whose bytes follow one another in the file."""
-    runs: list[tuple[int, int]] = []
+def _read_pieces(descriptor: int, pieces: Pieces, offset: int) -> bool:
+    """Fills the pieces from `offset` on; False if the file ends before."""
     start = 0
-    for i in range(1, len(sizes) + 1):
-        if i == len(sizes) or offsets[i] != offsets[i - 1] + sizes[i - 1] or i - start == _IOV_MAX:
-            runs.append((start, i))
-            start = i
-    return runs
-
-
-def _read_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> bool:
-    """Fills the buffers from `offset` on; False if the file ends before."""
-    wanted = sum(buffer.nbytes for buffer in buffers)
-    got = os.preadv(descriptor, buffers, offset)
-    if got == wanted:
-        return True
-    # A short read that is not the end of the file (a limit of the system): the rest buffer by buffer.
-    start = 0
-    for view in buffers:
-        done = min(max(got - start, 0), len(view))
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], offset + start + done)
-            if count == 0:
-                return False
-            done += count
-        start += len(view)
+    while start < len(pieces):
+        group = pieces[start : start + _IOV_MAX]
+        got = _preadv(descriptor, group.ctypes.data, len(group), offset)
+        if got < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        if got == 0 and group[:, 1].any():
+            return False
+        offset += got
+        ends = np.cumsum(group[:, 1])
+        whole = int(np.searchsorted(ends, got, side="right"))
+        start += whole
+        if whole < len(group):
+            # A short read: the rest of the piece in which it ended.
+            done = got - (int(ends[whole - 1]) if whole else 0)
+            pieces[start] += np.array([done, 0], dtype=np.uint64)
+            pieces[start, 1] -= np.uint64(done)
     return True
 
 
-def hint_next(root: Path, array: ArrayLayout, shard: int, row_chunk: int) -> None:
-    """Asks the system to bring one row chunk (all layers) into the page cache; a missing file is for the reader."""
-    try:
-        descriptor = os.open(root / array.shard_key(shard), os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        size = array.chunk_bytes * array.chunks_abreast
-        os.posix_fadvise(descriptor, row_chunk * size, size, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)
+def _copy(data: np.ndarray[Any, Any], byte_start: int, pieces: Pieces) -> None:
+    """Copies bytes in memory, from `byte_start` of `data` on."""
+    address = data.ctypes.data + byte_start
+    for target, size in pieces.tolist():
+        ctypes.memmove(target, address, size)
+        address += size

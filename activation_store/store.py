@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activation_store.config import Dtype
+from activation_store.chunks import RowChunk, RowChunks
+from activation_store.codec import Encoded, decode, from_bits
+from activation_store.config import StoreDtype
 from activation_store.errors import UserError
-from activation_store.layout import ArrayLayout, from_bits
+from activation_store.layout import ArrayLayout
 from activation_store.manifest import COMPLETE, HELD_OUT, MANIFEST, StoreManifest, read_commits
 from activation_store.progress import human_bytes
 from activation_store.shards import read_pieces
@@ -29,6 +31,7 @@ from activation_store.statistics import (
     outlier_rows,
     sum_rows,
 )
+from activation_store.used import UsedRows
 
 # Rows whose norms are looked at together.
 _SCAN_ROWS = 65_536
@@ -50,17 +53,6 @@ class ActivationRows:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class RowChunk:
-    """The rows that share inner chunks: where they are in the files, and their logical rows."""
-
-    shard: int
-    # Number of the row chunk within its shard.
-    row_chunk: int
-    first_row: int
-    rows: int
-
-
 class ActivationStore:
     """The rows of a store in block order, 0 to `n_rows`; holes between blocks are not counted."""
 
@@ -68,9 +60,8 @@ class ActivationStore:
         """`blocks`: first row in the arrays, and rows, of each block. Use `open`."""
         self.path, self.manifest = path, manifest
         self.layout = manifest.layout
-        self.n_rows = sum(rows for _, rows in blocks)
-        self.chunks = list(_row_chunks(blocks, self.layout.chunk_rows, self.layout.shard_rows))
-        self._first_rows = np.array([chunk.first_row for chunk in self.chunks], dtype=np.int64)
+        self.chunks = RowChunks(blocks, chunk_rows=self.layout.chunk_rows, shard_rows=self.layout.shard_rows)
+        self.n_rows = self.chunks.n_rows
 
     @classmethod
     def open(cls, path: Path | str, *, allow_incomplete: bool = False) -> "ActivationStore":
@@ -101,7 +92,7 @@ class ActivationStore:
         return self.manifest.d_model
 
     @property
-    def dtype(self) -> Dtype:
+    def dtype(self) -> StoreDtype:
         """Dtype on disk; reads give float32."""
         return self.manifest.dtype
 
@@ -128,27 +119,38 @@ class ActivationStore:
 
         Raises UserError for a layer that the store does not have, or a damaged shard (DamagedShardError).
         """
-        columns = self._columns(layers)
+        columns = self.columns(layers)
         stop = max(start, stop)
         if start < 0 or stop > self.n_rows:
             raise IndexError(f"rows [{start}, {stop}) are not all in a store of {self.n_rows} rows")
         shape = (stop - start, len(columns), self.d_model)
         mlp_in, mlp_out = torch.empty(shape), torch.empty(shape)
         for name, out in (("mlp_in", mlp_in), ("mlp_out", mlp_out)):
-            array = self.layout.activations(name)
-            for chunk, skip, take in self._pieces(start, stop):
+            for chunk, skip, take in self.chunks.pieces(start, stop):
                 at = chunk.first_row + skip - start
-                bits = np.empty((len(columns), take, self.d_model), dtype=array.dtype)
-                self.read_chunk(array, chunk, list(bits), columns=columns, skip_rows=skip)
-                out[at : at + take].copy_(from_bits(bits, self.dtype).transpose(0, 1))
+                self._read_encoded(name, chunk, columns, skip, out[at : at + take].transpose(0, 1))
         ids = {name: self.read_small(name, start, stop).astype(np.int64) for name in _ROW_IDS}
         return ActivationRows(mlp_in, mlp_out, *(torch.from_numpy(ids[name]) for name in _ROW_IDS))
+
+    def _read_encoded(
+        self, name: str, chunk: RowChunk, columns: Sequence[int], skip_rows: int, out_LND: Tensor
+    ) -> None:
+        """Rows of one chunk from `skip_rows` on, decoded."""
+        array, scales = self.layout.activations(name), self.layout.scale(name)
+        shape = out_LND.shape
+        bits = np.empty(shape, dtype=array.dtype)
+        self.read_chunk(array, chunk, list(bits), columns=columns, skip_rows=skip_rows)
+        scale = None
+        if scales is not None:
+            scale = torch.empty(shape[:2])
+            self.read_chunk(scales, chunk, list(scale.numpy()), columns=columns, skip_rows=skip_rows)
+        decode(Encoded(from_bits(bits, self.dtype), scale), out_LND)
 
     def read_small(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows [start, stop) of `norms` (n, L, 2), or `token_ids`, `document_ids` or `positions` (n,), as stored."""
         array = next(array for array in self.layout.arrays() if array.name == name)
         out = np.empty((stop - start, *array.row_shape), dtype=array.dtype)
-        for chunk, skip, take in self._pieces(start, stop):
+        for chunk, skip, take in self.chunks.pieces(start, stop):
             at = chunk.first_row + skip - start
             self.read_chunk(array, chunk, [out[at : at + take]], columns=range(1), skip_rows=skip)
         return out
@@ -179,14 +181,29 @@ class ActivationStore:
                 )
                 start = i
 
-    def used_rows(self) -> BoolRows:
-        """Which logical rows training uses: not position 0, no special token, no outlier. (n_rows,)"""
-        return self._used_rows.copy()
+    def used_rows(self, start: int = 0, stop: int | None = None) -> BoolRows:
+        """Which of the logical rows [start, stop) training uses: not position 0, no special token, no outlier."""
+        stop = self.n_rows if stop is None else stop
+        parts = [
+            self.used.mask(self.chunks.number_of(chunk.first_row), chunk.rows)[skip : skip + take]
+            for chunk, skip, take in self.chunks.pieces(start, stop)
+        ]
+        return np.concatenate([np.empty(0, dtype=np.bool_), *parts])
 
     @cached_property
-    def _used_rows(self) -> BoolRows:
-        eligible, outliers = self._scan(self._norm_means)
-        return eligible & ~outliers
+    def used(self) -> UsedRows:
+        """Which rows training uses, by chunk: as saved when the store was completed, else found by scanning it."""
+        statistics, chunk_rows = self.manifest.statistics, self.layout.chunk_rows
+        if statistics is not None:
+            n_chunks = len(self.chunks)
+            saved = UsedRows.load(self.path, chunks=n_chunks, chunk_rows=chunk_rows, count=statistics.count)
+            if saved is not None:
+                return saved
+        return self.find_used_rows(self._norm_means)
+
+    def find_used_rows(self, norm_means_L2: np.ndarray[Any, Any]) -> UsedRows:
+        """Scans the store for the rows that training uses, given the mean norms that tell outliers."""
+        return UsedRows.of(self._used_masks(norm_means_L2), len(self.chunks), self.layout.chunk_rows)
 
     def statistics(self) -> ScalingStatistics:
         """Scaling statistics of the used rows: from the manifest, or (half-written store) computed from the commits."""
@@ -195,8 +212,9 @@ class ActivationStore:
     def compute_statistics(self) -> tuple[ScalingStatistics, int]:
         """The statistics from the commits' sums and the outlier rows, which are read; and the number of outliers."""
         sums = self._committed_sums()
-        eligible, outliers = self._scan(norm_means(sums).numpy())
-        rows = np.flatnonzero(eligible & outliers)
+        groups = self._scan(norm_means(sums).numpy())
+        found = [start + np.flatnonzero(eligible & outliers) for start, eligible, outliers in groups]
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *found])
         out_sums = RowSums.zeros(self.n_layers, self.d_model)
         for start in range(0, len(rows), _OUTLIER_ROWS):
             group = [self.read_rows(int(row), int(row) + 1) for row in rows[start : start + _OUTLIER_ROWS]]
@@ -221,44 +239,30 @@ class ActivationStore:
             sums.add(commit.sums)
         return sums
 
-    def _scan(self, norm_means_L2: np.ndarray[Any, Any]) -> tuple[BoolRows, BoolRows]:
-        """Eligible rows and outliers, (n_rows,) each."""
-        eligible, outliers = np.empty(self.n_rows, dtype=np.bool_), np.empty(self.n_rows, dtype=np.bool_)
-        for start in range(0, self.n_rows, _SCAN_ROWS):
-            stop = min(start + _SCAN_ROWS, self.n_rows)
+    def _scan(self, norm_means_L2: np.ndarray[Any, Any]) -> Iterator[tuple[int, BoolRows, BoolRows]]:
+        """First row, eligible rows and outliers of groups of whole chunks, in order."""
+        step = max(1, _SCAN_ROWS // self.layout.chunk_rows)
+        for first in range(0, len(self.chunks), step):
+            last = self.chunks[min(first + step, len(self.chunks)) - 1]
+            start, stop = self.chunks[first].first_row, last.first_row + last.rows
             token_ids, positions = self.read_small("token_ids", start, stop), self.read_small("positions", start, stop)
-            eligible[start:stop] = eligible_rows(token_ids, positions, self.manifest.special_token_ids)
+            eligible = eligible_rows(token_ids, positions, self.manifest.special_token_ids)
             norms_NL2 = self.read_small("norms", start, stop)
-            outliers[start:stop] = outlier_rows(norms_NL2, norm_means_L2, self.manifest.outlier_factor)
-        return eligible, outliers
+            yield start, eligible, outlier_rows(norms_NL2, norm_means_L2, self.manifest.outlier_factor)
 
-    def _columns(self, layers: Sequence[int] | None) -> Sequence[int]:
+    def _used_masks(self, norm_means_L2: np.ndarray[Any, Any]) -> Iterator[BoolRows]:
+        """The used rows of every chunk."""
+        for start, eligible, outliers in self._scan(norm_means_L2):
+            used = eligible & ~outliers
+            for chunk, _, _ in self.chunks.pieces(start, start + len(used)):
+                yield used[chunk.first_row - start : chunk.first_row - start + chunk.rows]
+
+    def columns(self, layers: Sequence[int] | None) -> Sequence[int]:
         if layers is None:
             return range(self.n_layers)
         if missing := [layer for layer in layers if layer not in self.manifest.layers]:
             raise UserError(f"store {self.path} has layers {list(self.layers)}, not {missing}; ask for some of its own")
         return [self.manifest.layers.index(layer) for layer in layers]
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[RowChunk, int, int]]:
-        """(chunk, rows to skip in it, rows to take) that make up the rows [start, stop)."""
-        number = max(0, int(np.searchsorted(self._first_rows, start, side="right")) - 1)
-        while start < stop:
-            chunk = self.chunks[number]
-            skip = start - chunk.first_row
-            take = min(stop, chunk.first_row + chunk.rows) - start
-            yield chunk, skip, take
-            start += take
-            number += 1
-
 
 _ROW_IDS = ("token_ids", "document_ids", "positions")
-
-
-def _row_chunks(blocks: Sequence[tuple[int, int]], chunk_rows: int, shard_rows: int) -> Iterator[RowChunk]:
-    first_row = 0
-    for start, rows in blocks:
-        for offset in range(0, rows, chunk_rows):
-            shard, row = divmod(start + offset, shard_rows)
-            here = min(chunk_rows, rows - offset)
-            yield RowChunk(shard, row // chunk_rows, first_row, here)
-            first_row += here

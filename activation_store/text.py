@@ -26,6 +26,8 @@ _ENDINGS = {
     ".parquet": Loader.parquet,
 }
 _GLOB_CHARACTERS = frozenset("*?[")
+# Places of a stream that are read at once.
+_STREAM_PLACES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +275,30 @@ class _HubStream:
 
 
 def _read_stream(cfg: TextConfig, stream: IterableDataset, start: int, stop: int | None) -> Iterator[Document]:
-    """Documents [start, stop) of `stream` after its buffer shuffle."""
-    shuffled = stream.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer).skip(start)
-    for index, row in enumerate(islice(shuffled, None if stop is None else stop - start), start):
+    """Documents [start, stop) of `stream` in their shuffled order; those before have to be read too."""
+    for index, row in enumerate(islice(_scattered(cfg, stream), start, stop), start):
         _check_column(cfg, list(row))
         name = f"{cfg.path} document {index}"
         yield Document(index, _text_of(cfg, row, name), name)
+
+
+def _scattered(cfg: TextConfig, stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a stream of unknown length, from several places of it in turn, each shuffled within a buffer.
+
+    A place is a share of the stream's files, which are shuffled too. A stream of one file is read from its beginning.
+    """
+    places = max(1, min(_STREAM_PLACES, stream.num_shards, cfg.shuffle_buffer))
+    parts = [
+        iter(stream.shard(places, place).shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer // places))
+        for place in range(places)
+    ]
+    while parts:
+        for part in list(parts):
+            row = next(part, None)
+            if row is None:
+                parts.remove(part)
+            else:
+                yield row
 
 
 def _check_column(cfg: TextConfig, columns: list[str]) -> None:

@@ -4,7 +4,7 @@ Shapes: N contexts (rows), C context length.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ class PackedContexts:
     """N rows of C tokens. A row holds one or several pieces, each of one document with positions from 0.
 
     `document_ids_NC` is `Document.index`, -1 on padding; padding follows the last piece with `valid_NC` False and its
-    positions run on, so that it never starts a piece and no valid token sees it.
+    positions run on, so that it never starts a piece and no valid token sees it. `pieces_NC` is the number of the piece
+    in its document: document, piece and position say which token of which document it is.
     """
 
     token_ids_NC: Tensor
     document_ids_NC: Tensor
     positions_NC: Tensor
     valid_NC: Tensor
+    pieces_NC: Tensor
 
     def __len__(self) -> int:
         return self.token_ids_NC.shape[0]
@@ -34,10 +36,13 @@ class PackedContexts:
         """Valid tokens."""
         return int(self.valid_NC.sum())
 
-    def __getitem__(self, rows: slice) -> "PackedContexts":
-        return PackedContexts(
-            self.token_ids_NC[rows], self.document_ids_NC[rows], self.positions_NC[rows], self.valid_NC[rows]
-        )
+    def __getitem__(self, rows: slice | Tensor) -> "PackedContexts":
+        return PackedContexts(*(getattr(self, name)[rows] for name in _FIELDS))
+
+    @classmethod
+    def join(cls, parts: "list[PackedContexts]") -> "PackedContexts":
+        """The rows of all parts (at least one), in order."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
 
     def batches(self, contexts: int) -> Iterator["PackedContexts"]:
         """Consecutive slices of at most so many rows."""
@@ -50,9 +55,13 @@ class PackedContexts:
         return self[: int((before_N < tokens).sum())]
 
 
+_FIELDS = [field.name for field in fields(PackedContexts)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     document: int
+    number: int
     token_ids: list[int]
 
 
@@ -101,7 +110,7 @@ def _pieces(
     elif at_most:
         starts = starts[:at_most]
     bos = [] if bos_token_id is None else [bos_token_id]
-    return [_Piece(document.index, bos + ids[start : start + body]) for start in starts]
+    return [_Piece(document.index, start // body, bos + ids[start : start + body]) for start in starts]
 
 
 def _to_tensors(rows: list[list[_Piece]], context_length: int) -> PackedContexts:
@@ -109,12 +118,14 @@ def _to_tensors(rows: list[list[_Piece]], context_length: int) -> PackedContexts
     token_ids_NC = torch.zeros(shape, dtype=torch.int64)
     document_ids_NC = torch.full(shape, -1, dtype=torch.int64)
     positions_NC = torch.zeros(shape, dtype=torch.int64)
+    pieces_NC = torch.zeros(shape, dtype=torch.int64)
     for row, pieces in enumerate(rows):
         end = 0
         for piece in pieces:
             start, end = end, end + len(piece.token_ids)
             token_ids_NC[row, start:end] = torch.tensor(piece.token_ids)
             document_ids_NC[row, start:end] = piece.document
+            pieces_NC[row, start:end] = piece.number
             # To the row's end: padding continues the last piece, the next piece overwrites the rest.
             positions_NC[row, start:] = torch.arange(context_length - start)
-    return PackedContexts(token_ids_NC, document_ids_NC, positions_NC, document_ids_NC >= 0)
+    return PackedContexts(token_ids_NC, document_ids_NC, positions_NC, document_ids_NC >= 0, pieces_NC)

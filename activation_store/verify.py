@@ -13,6 +13,7 @@ from activation_store.manifest import (
     Commit,
     DamagedRecordError,
     StoreManifest,
+    count_documents,
     read_commits,
 )
 from activation_store.progress import Progress, human_bytes
@@ -70,10 +71,10 @@ def _described(store: ActivationStore) -> list[str]:
     layers = f"{m.layers[0]}-{m.layers[-1]}"
     size = human_bytes(store.n_rows * store.layout.row_bytes)
     commits: list[Commit] = list(read_commits(store.path))
-    documents = sum(len(commit.documents) for commit in commits)
+    documents = count_documents(commits)
     return [
         f"store       {store.path} ({m.status}, format {m.format_version})",
-        f"rows        {store.n_rows:,} in {len(commits)} blocks, {documents} documents, {size}",
+        f"rows        {store.n_rows:,} in {len(commits)} windows, {documents} documents, {size}",
         f"arrays      mlp_in, mlp_out (rows, {len(m.layers)} layers, {m.d_model}) {m.dtype.value}",
         f"layers      {layers}, {m.input_hook} -> mlp_out",
         f"subject     {m.subject['path']} ({m.subject['architecture']}, {m.subject['dtype']})",
@@ -119,13 +120,13 @@ def _commits(folder: Path, report: VerifyReport) -> list[Commit]:
         except DamagedRecordError as error:
             report.damaged.append(f"{error.path}: {error.reason}")
     try:
-        blocks = len(StoreManifest.load(folder).blocks)
+        windows = len(StoreManifest.load(folder).blocks)
     except DamagedRecordError as error:
         report.damaged.append(f"{error.path}: {error.reason}")
         return commits
-    # A complete store names all its blocks; a commit that is gone hides a block.
-    if len(commits) < blocks:
-        report.damaged.append(f"{folder / COMMITS}: {len(commits)} readable commits, {blocks} in the manifest")
+    # A complete store names all its windows; a commit that is gone hides one.
+    if len(commits) < windows:
+        report.damaged.append(f"{folder / COMMITS}: {len(commits)} readable commits, {windows} in the manifest")
     return commits
 
 

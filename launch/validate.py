@@ -42,7 +42,9 @@ def _text(config: LayerloomConfig) -> Iterator[str]:
 def _store(config: LayerloomConfig) -> Iterator[str]:
     store = config.store
     yield from _at_least(store, "store", {"tokens": 1, "held_out_tokens": 0, "layer_start": 0})
-    yield from _at_least(store, "store", {"chunk_rows": 1, "batch_contexts": 1})
+    yield from _at_least(store, "store", {"chunk_rows": 1, "batch_contexts": 1, "window_bytes": 1})
+    if store.claim_seconds <= 0:
+        yield f"store.claim_seconds={store.claim_seconds} must be greater than 0; 20 suits most file systems"
     if store.layer_stop is not None and store.layer_stop <= store.layer_start:
         yield (
             f"store.layer_stop={store.layer_stop} must be greater than store.layer_start={store.layer_start}; "

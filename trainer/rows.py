@@ -21,7 +21,7 @@ from trainer.config import RunConfig
 
 # What may differ between a run's config and its store's: places and labels, and how many contexts went through at once.
 _FREE_TEXT = ("path", "license")
-_FREE_STORE = ("path", "batch_contexts")
+_FREE_STORE = ("path", "batch_contexts", "scratch", "claim_seconds")
 
 
 def open_training_store(config: RunConfig) -> ActivationStore:

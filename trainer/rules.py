@@ -209,11 +209,12 @@ def _train(config: RunConfig) -> Iterator[str]:
         value = getattr(train, name)
         if value < 0:
             yield f"train.{name}={value} must not be negative; 0 means only at the end"
-    if config.source.pool_rows < 1 or config.source.prefetch_batches < 0:
-        yield (
-            f"source.pool_rows={config.source.pool_rows} must be at least 1 and "
-            f"source.prefetch_batches={config.source.prefetch_batches} at least 0"
-        )
+    for name in ("pool_rows", "lanes", "run_rows", "threads"):
+        value = getattr(config.source, name)
+        if value < 1:
+            yield f"source.{name}={value} must be at least 1"
+    if config.source.prefetch_bytes < 0:
+        yield f"source.prefetch_bytes={config.source.prefetch_bytes} must not be negative; 0 reads one batch ahead"
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:

@@ -213,8 +213,12 @@ class _Run:
             batch_size_tokens=self.batch_tokens,
             seed=source.seed,
             pool_rows=source.pool_rows,
+            lanes=source.lanes,
+            run_rows=source.run_rows,
             start_batch=step,
-            prefetch_batches=source.prefetch_batches,
+            prefetch_bytes=source.prefetch_bytes,
+            threads=source.threads,
+            device=self.device,
         )
 
     def _context(self, step: int) -> StepContext:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from activation_store.config import Dtype, InputHook
+from activation_store.config import InputHook, StoreDtype
 from activation_store.errors import UserError
 from launch.compose import compose_config, compose_node, to_config
 from launch.config import LayerloomConfig
@@ -55,7 +55,7 @@ def test_every_knob_is_documented() -> None:
 def test_values_arrive_as_plain_typed_objects() -> None:
     config = compose_config(["store.dtype=bfloat16", "store.layer_stop=6", "optim.lr=1e-3", "train.fresh=true"])
     assert type(config) is LayerloomConfig
-    assert config.store.dtype is Dtype.bfloat16
+    assert config.store.dtype is StoreDtype.bfloat16
     assert config.store.layer_stop == 6
     assert config.optim.lr == 1e-3
     assert config.train.fresh is True

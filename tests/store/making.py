@@ -1,15 +1,19 @@
 """Stores of random rows, written by the real writer, for tests of what reads them."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from activation_store.config import Dtype
-from activation_store.layout import to_stored
+from activation_store.codec import encode
+from activation_store.config import Compression, StoreDtype
+from activation_store.layout import create_zarr
 from activation_store.manifest import COMPLETE, StoreManifest, read_commits
+from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
-from activation_store.writer import ActivationWriter, StoredRows
+from activation_store.windows import WindowRecord
+from activation_store.writer import StoredRows, WindowRows, WindowWriter
 
 SPECIAL_IDS = (0, 1, 2)
 
@@ -18,7 +22,8 @@ def manifest(
     *,
     n_layers: int = 3,
     d_model: int = 5,
-    dtype: Dtype = Dtype.float16,
+    dtype: StoreDtype = StoreDtype.float16,
+    compression: Compression = Compression.none,
     chunk_rows: int = 4,
     shard_rows: int = 12,
     first_layer: int = 0,
@@ -33,6 +38,7 @@ def manifest(
         layers=list(range(first_layer, first_layer + n_layers)),
         d_model=d_model,
         dtype=dtype,
+        compression=compression,
         config={},
         text={"path": "random", "context_length": 8, "seed": 0},
         chunk_rows=chunk_rows,
@@ -50,37 +56,45 @@ def random_rows(n_rows: int, begun: StoreManifest, seed: int, *, outliers: int =
     for row in rng.permutation(n_rows)[:outliers]:
         (x if row % 2 else y)[row, rng.integers(shape[1])] *= 400.0
     return StoredRows(
-        to_stored(torch.from_numpy(x), begun.dtype),
-        to_stored(torch.from_numpy(y), begun.dtype),
+        encode(torch.from_numpy(x), begun.dtype),
+        encode(torch.from_numpy(y), begun.dtype),
         torch.from_numpy(rng.integers(0, 30, n_rows)),
         torch.from_numpy(np.arange(n_rows) // 16 + 100 * seed),
         torch.from_numpy(np.arange(n_rows) % 8),
+        torch.from_numpy(np.arange(n_rows) // 8 % 2),
     )
 
 
 def write_store(folder: Path, begun: StoreManifest, blocks: list[StoredRows], *, pieces: int = 7) -> ActivationStore:
-    """A complete store of `blocks`, appended `pieces` rows at a time."""
+    """A complete store with a window of each of `blocks`, in its order, appended `pieces` rows at a time."""
     begun.save(folder)
-    writer = ActivationWriter(folder, begun)
+    start_row = 0
     for number, rows in enumerate(blocks):
-        append(writer, rows, pieces)
-        writer.commit([(int(index), f"document {index}") for index in rows.document_ids_N.unique()] or [(number, "")])
+        assert write_window(folder, begun, rows, number, start_row, pieces=pieces)
+        start_row += begun.layout.shards_of(len(rows)) * begun.shard_rows
     complete(folder, begun)
     return ActivationStore.open(folder)
 
 
-def append(writer: ActivationWriter, rows: StoredRows, pieces: int) -> None:
+def write_window(
+    folder: Path, begun: StoreManifest, rows: StoredRows, number: int, start_row: int, *, pieces: int = 7
+) -> bool:
+    """Writes and commits a window, its rows in their order."""
+    window = WindowRows(begun.layout, len(rows))
+    append(window, rows, pieces)
+    names = {int(index): f"document {index}" for index in rows.document_ids_N.unique()}
+    record = WindowRecord(
+        window=number, block=number, context=0, contexts=1, next_block=number + 1, next_context=0,
+        start_row=start_row, rows=len(rows), rows_before=0, last=False,
+    )  # fmt: skip
+    writer = WindowWriter(folder, LocalStorage(folder), begun)
+    return writer.write(window, np.arange(len(rows)), record, names)
+
+
+def append(window: WindowRows, rows: StoredRows, pieces: int) -> None:
     for start in range(0, len(rows), pieces):
         part = slice(start, start + pieces)
-        writer.append(
-            StoredRows(
-                rows.mlp_in_NLD[part],
-                rows.mlp_out_NLD[part],
-                rows.token_ids_N[part],
-                rows.document_ids_N[part],
-                rows.positions_N[part],
-            )
-        )
+        window.append(StoredRows(*(getattr(rows, field.name)[part] for field in fields(StoredRows))))
 
 
 def complete(folder: Path, begun: StoreManifest) -> None:
@@ -89,4 +103,5 @@ def complete(folder: Path, begun: StoreManifest) -> None:
     store = ActivationStore(folder, begun, [(start, rows) for start, rows in begun.blocks])
     begun.statistics, begun.outlier_rows = store.compute_statistics()
     begun.status = COMPLETE
+    create_zarr(folder, begun.layout, sum(begun.blocks[-1]) if begun.blocks else 0)
     begun.save(folder)

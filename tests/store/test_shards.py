@@ -1,5 +1,6 @@
 """The files against zarr-python: what the writer writes zarr reads, and what zarr writes the reader reads."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,13 +11,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_store.config import Dtype
-from activation_store.layout import create_zarr, from_bits, stored_bits
+from activation_store.codec import decode, encode, from_bits, stored_bits
+from activation_store.config import StoreDtype
+from activation_store.errors import UserError
+from activation_store.layout import create_zarr
 from activation_store.manifest import read_commits
 from activation_store.shards import DamagedShardError
 from activation_store.store import ActivationStore
-from activation_store.writer import ActivationWriter
-from tests.store.making import append, complete, manifest, random_rows, write_store
+from activation_store.verify import verify_store
+from tests.store.making import manifest, random_rows, write_store, write_window
 
 # Where fsync costs nothing: hypothesis writes hundreds of shards.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -24,7 +27,7 @@ SHAPES = st.fixed_dictionaries(
     {
         "n_layers": st.integers(1, 4),
         "d_model": st.integers(1, 7),
-        "dtype": st.sampled_from(list(Dtype)),
+        "dtype": st.sampled_from(list(StoreDtype)),
         "chunk_rows": st.integers(1, 5),
     }
 )
@@ -44,12 +47,14 @@ def test_zarr_reads_what_the_writer_writes(shape: dict, chunks: int, sizes: list
         start = 0
         for (first, rows), block in zip(begun.blocks, blocks, strict=True):
             for name, x in (("mlp_in", block.mlp_in_NLD), ("mlp_out", block.mlp_out_NLD)):
-                np.testing.assert_array_equal(arrays[name][first : first + rows], stored_bits(x))
+                np.testing.assert_array_equal(arrays[name][first : first + rows], stored_bits(x.values))
+                if x.scale is not None:
+                    np.testing.assert_array_equal(arrays[f"{name}_scale"][first : first + rows], x.scale)
             assert first % store.layout.shard_rows == 0
             np.testing.assert_array_equal(arrays["token_ids"][first : first + rows], block.token_ids_N)
             read = store[start : start + rows]
-            torch.testing.assert_close(read.mlp_in, block.mlp_in_NLD.float(), rtol=0, atol=0)
-            torch.testing.assert_close(read.mlp_out, block.mlp_out_NLD.float(), rtol=0, atol=0)
+            torch.testing.assert_close(read.mlp_in, decode(block.mlp_in_NLD), rtol=0, atol=0)
+            torch.testing.assert_close(read.mlp_out, decode(block.mlp_out_NLD), rtol=0, atol=0)
             assert torch.equal(read.document_ids, block.document_ids_N)
             assert torch.equal(read.positions, block.positions_N)
             start += rows
@@ -74,12 +79,15 @@ def test_the_reader_reads_what_zarr_writes(shape: dict, chunks: int, rows: int, 
         # A block's rows; the arrays are as long as whole chunks, as a chunk on disk is.
         whole = -(-rows // begun.chunk_rows) * begun.chunk_rows
         columns = {
-            "mlp_in": stored_bits(expected.mlp_in_NLD),
-            "mlp_out": stored_bits(expected.mlp_out_NLD),
+            "mlp_in": stored_bits(expected.mlp_in_NLD.values),
+            "mlp_out": stored_bits(expected.mlp_out_NLD.values),
             "token_ids": expected.token_ids_N.numpy(),
             "document_ids": expected.document_ids_N.numpy(),
             "positions": expected.positions_N.numpy(),
         }
+        for name, x in (("mlp_in", expected.mlp_in_NLD), ("mlp_out", expected.mlp_out_NLD)):
+            if x.scale is not None:
+                columns[f"{name}_scale"] = x.scale.numpy()
         with zarr.config.set({"array.write_empty_chunks": True}):
             for name, values in columns.items():
                 array = zarr.open_array(f"{folder}/{name}", mode="r+", config={"write_empty_chunks": True})
@@ -91,14 +99,14 @@ def test_the_reader_reads_what_zarr_writes(shape: dict, chunks: int, rows: int, 
         stop = data.draw(st.integers(start, rows))
         layers = data.draw(st.lists(st.sampled_from(begun.layers), min_size=1, unique=True))
         read = store.read_rows(start, stop, layers=layers)
-        torch.testing.assert_close(read.mlp_in, expected.mlp_in_NLD[start:stop][:, layers].float(), rtol=0, atol=0)
-        torch.testing.assert_close(read.mlp_out, expected.mlp_out_NLD[start:stop][:, layers].float(), rtol=0, atol=0)
+        torch.testing.assert_close(read.mlp_in, decode(expected.mlp_in_NLD[start:stop, layers]), rtol=0, atol=0)
+        torch.testing.assert_close(read.mlp_out, decode(expected.mlp_out_NLD[start:stop, layers]), rtol=0, atol=0)
         assert torch.equal(read.token_ids, expected.token_ids_N[start:stop])
 
 
 def test_bfloat16_bits_are_exact() -> None:
     x = torch.tensor([0.0, -0.0, 1.0, 3.140625, 1e38, -1e-38, float("inf"), 5e-40]).bfloat16()
-    assert torch.equal(from_bits(stored_bits(x), Dtype.bfloat16).view(torch.int16), x.view(torch.int16))
+    assert torch.equal(from_bits(stored_bits(x), StoreDtype.bfloat16).view(torch.int16), x.view(torch.int16))
 
 
 def test_layers_are_named_by_their_number_in_the_subject(tmp_path: Path) -> None:
@@ -106,7 +114,7 @@ def test_layers_are_named_by_their_number_in_the_subject(tmp_path: Path) -> None
     rows = random_rows(20, begun, 0)
     store = write_store(tmp_path, begun, [rows])
     assert store.layers == (4, 5, 6)
-    assert torch.equal(store.read_rows(3, 9, layers=[6]).mlp_in, rows.mlp_in_NLD[3:9, 2:].float())
+    assert torch.equal(store.read_rows(3, 9, layers=[6]).mlp_in, decode(rows.mlp_in_NLD[3:9, 2:]))
     with pytest.raises(ValueError, match=r"has layers \[4, 5, 6\], not \[0\]"):
         store.read_rows(0, 1, layers=[0])
     with pytest.raises(IndexError, match="store of 20 rows"):
@@ -115,26 +123,48 @@ def test_layers_are_named_by_their_number_in_the_subject(tmp_path: Path) -> None
     assert "layers 4-6" in repr(store)
 
 
-def test_an_uncommitted_block_leaves_no_trace(tmp_path: Path) -> None:
-    """Another writer that starts on the folder gives the same bytes as if the first had never begun its block."""
+def test_a_window_that_was_left_is_written_again_to_the_same_bytes(tmp_path: Path) -> None:
+    """Shards of a worker that was killed before its commit stay, and the next one takes over what is there."""
     begun = manifest()
     blocks = [random_rows(30, begun, seed) for seed in range(3)]
     write_store(tmp_path / "plain", manifest(), blocks)
     folder = tmp_path / "stopped"
     begun.save(folder)
-    writer = ActivationWriter(folder, begun)
-    append(writer, blocks[0], 7)
-    writer.commit([(int(i), f"document {i}") for i in blocks[0].document_ids_N.unique()])
-    append(writer, random_rows(40, begun, 9), 7)
-    (folder / "mlp_in" / "c" / "9.partial").write_bytes(b"half")
-    (folder / "mlp_in" / "zarr.0123.partial").write_bytes(b"half")
-    resumed = ActivationWriter(folder, begun)
-    assert (resumed.rows, resumed.next_block) == (30, 1)
-    for block in blocks[1:]:
-        append(resumed, block, 11)
-        resumed.commit([(int(i), f"document {i}") for i in block.document_ids_N.unique()])
-    complete(folder, begun)
+    assert write_window(folder, begun, blocks[1], 1, 36)
+    (folder / "commits" / "00000001.json").unlink()
+    (folder / "mlp_out" / "c" / "4" / "0" / "0").unlink()
+    write_store(folder, begun, blocks)
     assert tree(folder) == tree(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["mlp_in", "norms"])
+def test_a_window_written_by_two_is_whole_whoever_commits(tmp_path: Path, name: str) -> None:
+    """Two machines that round differently: the one that loses a shard takes the other's, in its sums too."""
+    begun, other = manifest(dtype=StoreDtype.float32), manifest(dtype=StoreDtype.float32)
+    rows = random_rows(30, begun, 0)
+    nearly = replace(rows, mlp_in_NLD=encode(rows.mlp_in_NLD.values * 1.001, StoreDtype.float32))
+    write_store(tmp_path / "other", other, [nearly])
+    folder = tmp_path / "store"
+    begun.save(folder)
+    key = begun.layout.activations("mlp_in").shard_key(1) if name == "mlp_in" else "norms/c/1/0/0"
+    (folder / key).parent.mkdir(parents=True)
+    (folder / key).write_bytes((tmp_path / "other" / key).read_bytes())
+    store = write_store(folder, begun, [rows])
+    assert verify_store(folder).ok
+    assert not write_window(folder, begun, nearly, 0, 0)
+    assert verify_store(folder).ok
+    expected = nearly if name == "mlp_in" else rows
+    assert torch.equal(store[12:24].mlp_in, decode(expected.mlp_in_NLD[12:24]))
+    x = store[:].mlp_in.double()[store.used_rows()]
+    torch.testing.assert_close(store.statistics().in_mean_LD, x.mean(0), rtol=1e-9, atol=1e-11)
+
+
+def test_shards_of_other_rows_are_refused(tmp_path: Path) -> None:
+    begun = manifest()
+    begun.save(tmp_path)
+    assert write_window(tmp_path, begun, random_rows(30, begun, 0), 0, 0)
+    with pytest.raises(UserError, match=r"token_ids/c/0 holds rows of another text or config.*delete this store"):
+        write_window(tmp_path, begun, random_rows(30, begun, 1), 1, 0)
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
@@ -160,6 +190,6 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a store by its relative name, the lock apart."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".harvest.lock")
+    """Every file of a store by its relative name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from activation_store.config import Dtype
+from activation_store.codec import decode
+from activation_store.config import StoreDtype
 from activation_store.errors import UserError
 from activation_store.statistics import ScalingStatistics, decode_array, encode_array
 from activation_store.store import ActivationStore
 from tests.store.making import SPECIAL_IDS, manifest, random_rows, write_store
 
 
-@pytest.mark.parametrize("dtype", list(Dtype))
-def test_statistics_are_those_of_the_used_rows(tmp_path: Path, dtype: Dtype) -> None:
+@pytest.mark.parametrize("dtype", list(StoreDtype))
+def test_statistics_are_those_of_the_used_rows(tmp_path: Path, dtype: StoreDtype) -> None:
     begun = manifest(n_layers=3, d_model=37, dtype=dtype, chunk_rows=16, shard_rows=64)
     blocks = [random_rows(150, begun, 0, outliers=3), random_rows(77, begun, 1, outliers=2)]
     store = write_store(tmp_path, begun, blocks)
-    x = np.concatenate([block.mlp_in_NLD.double().numpy() for block in blocks])
-    y = np.concatenate([block.mlp_out_NLD.double().numpy() for block in blocks])
+    x = np.concatenate([decode(block.mlp_in_NLD).double().numpy() for block in blocks])
+    y = np.concatenate([decode(block.mlp_out_NLD).double().numpy() for block in blocks])
     tokens = np.concatenate([block.token_ids_N.numpy() for block in blocks])
     positions = np.concatenate([block.positions_N.numpy() for block in blocks])
     eligible = (positions != 0) & ~np.isin(tokens, SPECIAL_IDS)

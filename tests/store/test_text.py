@@ -102,6 +102,19 @@ def test_a_stream_is_shuffled_held_out_and_skipped() -> None:
     assert whole[2].name == "owner/name document 2"
 
 
+def test_a_stream_of_many_files_is_read_from_many_places() -> None:
+    """Neighbouring documents come from all over the text, and none is lost or comes twice."""
+    cfg = TextConfig(path="owner/name", held_out_documents=0, shuffle_buffer=32)
+    files = [[f"{file} {row}" for row in range(10 + file % 3)] for file in range(40)]
+    rows = IterableDataset.from_generator(
+        lambda files: ({"text": text} for file in files for text in file), gen_kwargs={"files": files}
+    )
+    found = [document.text for document in _read_stream(cfg, rows, 0, None)]
+    assert sorted(found) == sorted(text for file in files for text in file)
+    assert len({text.split()[0] for text in found[:32]}) >= 16
+    assert [document.text for document in _read_stream(cfg, rows, 100, 120)] == found[100:120]
+
+
 def test_bytes_that_are_not_utf8_do_not_stop_a_harvest(tmp_path: Path) -> None:
     folder = text_folder(tmp_path / "a")
     (folder / "00.txt").write_bytes(b"caf\xe9 speech")

@@ -36,7 +36,7 @@ def test_damage_is_found_and_named(tmp_path: Path, key: str, damage: object, rea
     write_store(tmp_path, begun, [random_rows(30, begun, 0), random_rows(20, begun, 1)])
     report = verify_store(tmp_path)
     assert report.ok
-    assert report.files == sum(len(commit.files) for commit in read_commits(tmp_path)) == 5 * 6
+    assert report.files == sum(len(commit.files) for commit in read_commits(tmp_path)) == 5 * 7
     assert callable(damage)
     damage(tmp_path / key)
     damaged = verify_store(tmp_path).damaged
@@ -61,7 +61,7 @@ def test_info_describes_a_store(tmp_path: Path) -> None:
     write_store(tmp_path, begun, [random_rows(100, begun, 0, outliers=1)])
     write_store(tmp_path / "held_out", manifest(), [random_rows(20, begun, 1)])
     info = store_info(tmp_path)
-    assert "100 in 1 blocks, 7 documents" in info
+    assert "100 in 1 windows, 7 documents" in info
     assert "mlp_in, mlp_out (rows, 3 layers, 5) float16" in info
     assert "layers      2-4, resid_mid -> mlp_out" in info
     assert "torch 9.9" in info
@@ -80,7 +80,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path, work: object) -> None:
     with pytest.raises(UserError, match="does not exist"):
         work(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text('{"format_version": 99}')
-    with pytest.raises(UserError, match="format version 99, this Layerloom reads 1"):
+    with pytest.raises(UserError, match="format version 99, this Layerloom reads 2"):
         work(tmp_path)
 
 

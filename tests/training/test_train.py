@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from activation_store.config import Dtype
+from activation_store.config import StoreDtype
 from activation_store.errors import UserError
 from activation_store.shuffle import ShuffledBatches
 from activation_store.store import ActivationStore
@@ -309,7 +309,7 @@ def test_another_store_is_refused_on_resume(run: RunConfig, tiny_store: RunConfi
     shutil.rmtree(Path(run.run) / "checkpoints/step_00000012")
     store = ActivationStore.open(run.store.path)
     mine = store_identity(store)
-    store.manifest.dtype = Dtype.bfloat16
+    store.manifest.dtype = StoreDtype.bfloat16
     assert store_identity(store) != mine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.train.store_identity", lambda store: "another")

@@ -27,7 +27,8 @@ _NOT_RECIPE = frozenset(
         "store.shard_rows",
         "store.batch_contexts",
         "store.path",
-        "source.prefetch_batches",
+        "source.prefetch_bytes",
+        "source.threads",
         "text.path",
         "text.license",
     }

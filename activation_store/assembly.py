@@ -1,0 +1,222 @@
+"""Fills batches from the shards: each row of a pool is read straight to its place in the batch where it comes.
+
+Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's
+stream (activation_store.order).
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from activation_store.buffers import Buffers
+from activation_store.layout import ArrayLayout
+from activation_store.order import Pool, PoolPart, ShuffleOrder
+from activation_store.shards import Pieces, ShardFile
+from activation_store.store import ActivationStore
+
+IntRows = np.ndarray[Any, np.dtype[np.int64]]
+# Shards that are kept open.
+_OPEN_SHARDS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """A rank's batch as it is stored: `columns` of `mlp_in`, `mlp_out` (L, B, D) and of their scales, if any, (L, B).
+
+    `rows`: logical rows (B,); `epoch` of the first row.
+    """
+
+    epoch: int
+    columns: dict[str, np.ndarray[Any, Any]]
+    rows: IntRows
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What a lane has been asked for: up to place `next_t`; pools in flight by their first place."""
+
+    number: int
+    next_t: int
+    pending: deque[tuple[int, list[Future[None]]]] = field(default_factory=deque)
+
+
+class Assembler:
+    """Batches `first`, `first + 1`, ... of a rank, in order. `schedule` and `take` are for one thread."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        order: ShuffleOrder,
+        *,
+        executor: Executor,
+        buffers: Buffers,
+        columns: Sequence[int],
+        batch_rows: int,
+        rank: int,
+        ranks: int,
+        first: int,
+        keep: int,
+    ) -> None:
+        """`batch_rows`: of the global batch. `columns`: layers to read, by their index. `keep`: buffers to keep."""
+        self._store, self._order, self._executor, self._buffers = store, order, executor, buffers
+        self._columns, self._keep, self._first = columns, keep, first
+        self._share = batch_rows // ranks
+        self._batch_rows = batch_rows
+        # Slots of a global batch go lane by lane; a rank has consecutive ones.
+        self._first_slot = rank * self._share
+        self._each = batch_rows // order.lanes
+        first_lane, last_lane = self._first_slot // self._each, (self._first_slot + self._share - 1) // self._each
+        self._lanes = [_Lane(lane, first * self._each) for lane in range(first_lane, last_lane + 1)]
+        self._batches: dict[int, StoredBatch] = {}
+        self._shards = _OpenShards(store)
+        self._groups = [
+            [store.layout.activations(name), *([scale] if (scale := store.layout.scale(name)) else [])]
+            for name in ("mlp_in", "mlp_out")
+        ]
+        # Where rows go that nobody wants: unused ones that lie between others.
+        self._waste = np.empty(max(array.chunk_bytes for group in self._groups for array in group), dtype=np.uint8)
+        # Before threads ask for it.
+        self._used = store.used
+
+    def schedule(self, last: int) -> None:
+        """Begins to read all that the batches up to `last` need, if it was not begun before."""
+        for lane in self._lanes:
+            while lane.next_t < (last + 1) * self._each:
+                pool = self._order.pool_at(lane.number, lane.next_t)
+                lane.pending.append((pool.start, list(self._begin(lane.number, pool))))
+                lane.next_t = pool.stop
+
+    def take(self, number: int) -> StoredBatch:
+        """Waits for a batch and hands it over. Raises what reading raised (DamagedShardError, OSError)."""
+        self.schedule(number)
+        for lane in self._lanes:
+            while lane.pending and lane.pending[0][0] < (number + 1) * self._each:
+                for future in lane.pending[0][1]:
+                    future.result()
+                # A pool that reaches into later batches is whole now.
+                lane.pending.popleft()
+        return self._batches.pop(number)
+
+    def _begin(self, lane: int, pool: Pool) -> Iterator[Future[None]]:
+        first, last = max(self._first, pool.start // self._each), (pool.stop - 1) // self._each
+        for number in range(first, last + 1):
+            if number not in self._batches:
+                self._batches[number] = self._new_batch(number)
+        done = 0
+        for part in pool.parts:
+            size = part.stop - part.start
+            t = pool.start + pool.places[done : done + size]
+            done += size
+            slots = lane * self._each + t % self._each - self._first_slot
+            mine = (t // self._each >= self._first) & (slots >= 0) & (slots < self._share)
+            if mine.any():
+                target = _Target(part, mine, (t // self._each)[mine], slots[mine], self._batches)
+                for group in self._groups:
+                    self._hint(part.chunk, group[0])
+                    yield self._executor.submit(self._read, target, group)
+
+    def _new_batch(self, number: int) -> StoredBatch:
+        columns = {
+            array.name: self._buffers.take(
+                (len(self._columns), self._share, *array.tail_shape), array.dtype, keep=2 * self._keep
+            )
+            for group in self._groups
+            for array in group
+        }
+        rows = self._buffers.take((self._share,), np.dtype(np.int64), keep=self._keep)
+        return StoredBatch(number * self._batch_rows // self._order.rows_per_epoch, columns, rows)
+
+    def _hint(self, chunk: int, array: ArrayLayout) -> None:
+        place = self._store.chunks[chunk]
+        file = self._shards.get(array, place.shard)
+        first, last = min(self._columns), max(self._columns)
+        file.hint(place.row_chunk * array.chunks_abreast + first, last - first + 1)
+
+    def _read(self, target: "_Target", group: Sequence[ArrayLayout]) -> None:
+        """Reads a part of a pool, of one array and its scales."""
+        chunk = self._store.chunks[target.part.chunk]
+        used = np.flatnonzero(self._used.mask(target.part.chunk, chunk.rows))
+        inside = used[target.part.start : target.part.stop][target.mine]
+        target.name_rows(chunk.first_row + inside)
+        for array in group:
+            pieces = target.pieces(array, inside, self._waste.ctypes.data, len(self._columns))
+            file = self._shards.get(array, chunk.shard)
+            base = chunk.row_chunk * array.chunks_abreast
+            for start, stop in _runs(self._columns):
+                first_slot = base + self._columns[start]
+                file.read(first_slot, pieces[start:stop], byte_start=int(inside[0]) * array.row_bytes)
+
+
+@dataclass(slots=True)
+class _Target:
+    """Where rows of a part of a pool go: those of its rows that are `mine` to `slots` of the batches `numbers`."""
+
+    part: PoolPart
+    mine: np.ndarray[Any, np.dtype[np.bool_]]
+    numbers: IntRows
+    slots: IntRows
+    all_batches: dict[int, StoredBatch]
+    first: int = field(init=False)
+    batches: list[StoredBatch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = int(self.numbers.min())
+        self.batches = [self.all_batches[n] for n in range(self.first, int(self.numbers.max()) + 1)]
+
+    def name_rows(self, rows: IntRows) -> None:
+        """Says which logical rows they are."""
+        for i, batch in enumerate(self.batches):
+            here = self.numbers == self.first + i
+            batch.rows[self.slots[here]] = rows[here]
+
+    def pieces(self, array: ArrayLayout, inside: IntRows, waste: int, layers: int) -> list[Pieces]:
+        """Memory for the chunk's rows from inside[0] to inside[-1], of each layer; `waste` takes those between."""
+        width = array.row_bytes
+        bases = np.array([batch.columns[array.name].ctypes.data for batch in self.batches], dtype=np.int64)
+        rows = int(inside[-1] - inside[0]) + 1
+        address = waste + np.arange(rows) * width
+        wanted = np.zeros(rows, dtype=np.bool_)
+        address[inside - inside[0]] = bases[self.numbers - self.first] + self.slots * width
+        wanted[inside - inside[0]] = True
+        cuts = np.flatnonzero((np.diff(address) != width) | (np.diff(wanted) != 0)) + 1
+        starts = np.concatenate([[0], cuts])
+        sizes = np.diff(np.concatenate([starts, [rows]])) * width
+        # From one layer to the next in the batch, the same for all batches; waste stays where it is.
+        stride = np.where(wanted[starts], self.batches[0].columns[array.name].strides[0], 0)
+        pieces = np.empty((layers, len(starts), 2), dtype=np.uint64)
+        pieces[:, :, 0] = address[starts] + np.arange(layers)[:, None] * stride
+        pieces[:, :, 1] = sizes
+        return list(pieces)
+
+
+class _OpenShards:
+    """The shards that were read last, open."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store, self._lock = store, threading.Lock()
+        self._files: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
+
+    def get(self, array: ArrayLayout, shard: int) -> ShardFile:
+        """Opens a shard, or gives the open one. Raises DamagedShardError."""
+        key = (array.name, shard)
+        with self._lock:
+            if key in self._files:
+                self._files.move_to_end(key)
+                return self._files[key]
+        file = ShardFile(self._store.path, array, shard)
+        with self._lock:
+            self._files[key] = file
+            while len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
+        return file
+
+
+def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:
+    """Parts of `columns` that follow one another in the file."""
+    cuts = [i for i in range(1, len(columns)) if columns[i] != columns[i - 1] + 1]
+    return list(zip([0, *cuts], [*cuts, len(columns)], strict=True))
