@@ -22,7 +22,7 @@ IntRows = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class UsedRows:
-    """`bits`: (chunks, bytes that hold a chunk's rows), little end first; `ends`: (chunks + 1) used rows before chunk i."""
+    """`bits`: (chunks, bytes of a chunk's rows), little end first; `ends`: (chunks + 1) used rows before chunk i."""
 
     bits: np.ndarray[Any, np.dtype[np.uint8]]
     ends: IntRows
