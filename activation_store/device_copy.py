@@ -1,4 +1,4 @@
-"""Batches to a GPU, beside its work: copied as stored from pinned memory on a stream of their own, and decoded there."""
+"""Batches to a GPU, beside its work: copied as stored from pinned memory on their own stream, and decoded there."""
 
 from collections import deque
 from collections.abc import Sequence

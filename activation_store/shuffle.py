@@ -17,7 +17,6 @@ from torch import Tensor
 from activation_store.assembly import Assembler, StoredBatch
 from activation_store.buffers import Buffers
 from activation_store.codec import Encoded, decode, from_bits
-from activation_store.config import StoreDtype
 from activation_store.device_copy import DeviceCopier
 from activation_store.errors import UserError
 from activation_store.order import ShuffleOrder
@@ -50,9 +49,9 @@ class ShuffledBatches(Iterator[ActivationBatch]):
 
     The global batch n is a function of (seed, n) for a given store, batch size, `lanes`, `pool_rows` and `run_rows`
     (activation_store.order says how); rank r has its r-th equal part, and reads only its own part of the bytes where
-    `ranks` divides the lanes. Every used row comes once an epoch; a batch may span two epochs. `threads` read and decode
-    in the background, at most `prefetch_bytes` of batches ahead. Close it (or use `with`) to stop them. The memory of
-    a batch is used again when no tensor of it is referenced any more.
+    `ranks` divides the lanes. Every used row comes once an epoch; a batch may span two epochs. `threads` read and
+    decode in the background, at most `prefetch_bytes` of batches ahead. Close it (or use `with`) to stop them. The
+    memory of a batch is used again when no tensor of it is referenced any more.
     """
 
     def __init__(
@@ -230,5 +229,6 @@ def _decode_parallel(parts: Sequence[Encoded], outs: Sequence[Tensor], executor:
 def _decode_layer(encoded_BD: Encoded, out_BD: Tensor) -> None:
     """In pieces that stay in the processor's cache and that torch does not split over threads of its own."""
     step = max(1, SERIAL_ELEMENTS // out_BD.shape[1])
-    for start in range(0, len(out_BD), step):
-        decode(encoded_BD[start : start + step], out_BD[start : start + step])
+    scales = [None] * -(-len(out_BD) // step) if encoded_BD.scale is None else encoded_BD.scale.split(step)
+    for values, scale, out in zip(encoded_BD.values.split(step), scales, out_BD.split(step), strict=True):
+        decode(Encoded(values, scale), out)
