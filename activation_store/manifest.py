@@ -5,16 +5,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from activation_store.atomic import create_json, write_json
+from activation_store.atomic import json_bytes
 from activation_store.config import Compression, StoreConfig, StoreDtype, SubjectConfig, TextConfig
 from activation_store.errors import UserError
 from activation_store.layout import FORMAT_VERSION, StoreLayout
-from activation_store.places import Place
+from activation_store.places import Place, create_whole, write_whole
 from activation_store.shards import ShardRecord, repair
 from activation_store.statistics import RowSums, ScalingStatistics
 
@@ -90,13 +89,13 @@ class StoreManifest:
             len(self.layers), self.d_model, self.dtype, self.chunk_rows, self.shard_rows, self.compression
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         """Writes `manifest.json`, whole or not at all."""
-        write_json(folder / MANIFEST, self._to_dict())
+        write_whole(folder / MANIFEST, json_bytes(self._to_dict()))
 
-    def create(self, folder: Path) -> bool:
+    def create(self, folder: Place) -> bool:
         """Like `save`, but only where there is none yet; False if there is one (it stays)."""
-        return create_json(folder / MANIFEST, self._to_dict())
+        return create_whole(folder / MANIFEST, json_bytes(self._to_dict()))
 
     def _to_dict(self) -> dict[str, Any]:
         data = {name.name: getattr(self, name.name) for name in fields(self)}
@@ -154,9 +153,10 @@ class Commit:
     files: dict[str, ShardRecord]
     sums: RowSums
 
-    def create(self, folder: Path) -> bool:
+    def create(self, folder: Place) -> bool:
         """Publishes the commit; False if another one of this window is there already."""
-        return create_json(commit_path(folder, self.window), asdict(self) | {"sums": self.sums.to_dict()})
+        data = json_bytes(asdict(self) | {"sums": self.sums.to_dict()})
+        return create_whole(folder / COMMITS / commit_name(self.window), data)
 
     @classmethod
     def load(cls, path: Place) -> "Commit":
@@ -175,7 +175,7 @@ class Commit:
             )
 
 
-def commit_path(folder: Path, window: int) -> Path:
+def commit_path(folder: Place, window: int) -> Place:
     return folder / COMMITS / commit_name(window)
 
 

@@ -80,13 +80,21 @@ class ObjectStorage:
     def __init__(self, url: str, options: ObjectStorageOptions | None = None) -> None:
         """Does not talk to the server. Raises UserError."""
         self.url = url.rstrip("/")
-        options = options or ObjectStorageOptions()
+        options = self._options = options or ObjectStorageOptions()
         self._retries, self._cache = options.retries, options.cache()
         self._store = _connect(self.url, options.options)
         self._slots = threading.BoundedSemaphore(options.max_requests)
 
     def __str__(self) -> str:
         return self.url
+
+    def below(self, folder: str) -> "ObjectStorage":
+        """The objects whose keys begin with `folder/`, without that; both share the bound on requests."""
+        if not folder:
+            return self
+        inner = ObjectStorage(f"{self.url}/{folder}", self._options)
+        inner._slots = self._slots
+        return inner
 
     def get(self, key: str) -> bytes:
         """The whole object, in one request."""
@@ -113,6 +121,11 @@ class ObjectStorage:
         """All that was created before is there: object stores list consistently."""
         found = self._request(folder, lambda _: obstore.list_with_delimiter(self._store, folder))
         return iter([item["path"] for item in found["objects"]])
+
+    def list_all(self, folder: str) -> Iterator[str]:
+        """Keys of all objects below `folder`, however deep."""
+        found = self._request(folder, lambda _: obstore.list(self._store, folder or None).collect())
+        return iter([item["path"] for item in found])
 
     def delete(self, key: str) -> None:
         """One request."""

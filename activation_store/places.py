@@ -4,13 +4,16 @@
 `ActivationStore.open(place("s3://bucket/prefix", ObjectStorageOptions(cache_bytes=10**11)))`.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from activation_store.atomic import write_bytes
 from activation_store.files import LocalFile, OpenFile
 from activation_store.object_storage import ObjectStorage, ObjectStorageOptions, is_url
+from activation_store.storage import LocalStorage, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,22 @@ class RemotePath:
         return self.storage.size(self.key) is not None
 
     def exists(self) -> bool:
-        """Whether there is such an object, or one right below."""
-        return (bool(self.key) and self.is_file()) or next(self.storage.list(self.key), None) is not None
+        """Whether there is such an object, or one below."""
+        return (bool(self.key) and self.is_file()) or self.is_dir()
 
     def read_bytes(self) -> bytes:
         """The whole object. Raises FileNotFoundError."""
         return self.storage.get(self.key)
+
+    def is_dir(self) -> bool:
+        """Whether there is an object below."""
+        return next(self.storage.list_all(self.key), None) is not None
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        """What is right below: objects, and what has objects below."""
+        depth = len(PurePosixPath(self.key).parts)
+        names = {PurePosixPath(key).parts[depth] for key in self.storage.list_all(self.key)}
+        return (self / name for name in sorted(names))
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
         """Objects right below whose names match."""
@@ -74,3 +87,32 @@ def place(path: Place | str, options: ObjectStorageOptions | None = None) -> Pla
 def open_file(path: Place) -> OpenFile:
     """A file to read parts of. Raises FileNotFoundError."""
     return path.storage.open(path.key) if isinstance(path, RemotePath) else LocalFile(path)
+
+
+def storage_at(folder: Place) -> Storage:
+    """The objects below a place."""
+    return folder.storage.below(folder.key) if isinstance(folder, RemotePath) else LocalStorage(folder)
+
+
+def write_whole(path: Place, data: bytes) -> None:
+    """Creates or replaces a file, durably; readers see the old or the new one."""
+    if isinstance(path, RemotePath):
+        path.storage.put(path.key, data)
+    else:
+        write_bytes(path, data)
+
+
+def create_whole(path: Place, data: bytes) -> bool:
+    """Creates a file, durably; False if there is one (it stays)."""
+    return storage_at(path.parent).put_if_absent(path.name, [data])
+
+
+def remove_all(path: Place) -> None:
+    """Removes a file, or a folder with all that is in it; nothing happens if there is none."""
+    if isinstance(path, RemotePath):
+        for key in (path.key, *path.storage.list_all(path.key)):
+            path.storage.delete(key)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

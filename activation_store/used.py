@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.atomic import write_bytes
-from activation_store.places import Place
+from activation_store.places import Place, write_whole
 from activation_store.statistics import BoolRows
 
 BITS, ENDS = "used_bits.npy", "used_ends.npy"
@@ -48,12 +47,12 @@ class UsedRows:
             ends[chunk + 1] = np.count_nonzero(mask)
         return cls(bits, np.cumsum(ends))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         """Writes both files into the folder of a store."""
         for name, values in ((BITS, self.bits), (ENDS, self.ends)):
             file = BytesIO()
             np.save(file, values)
-            write_bytes(folder / name, file.getvalue())
+            write_whole(folder / name, file.getvalue())
 
     @classmethod
     def load(cls, folder: Place, *, chunks: int, chunk_rows: int, count: int) -> "UsedRows | None":

@@ -121,9 +121,9 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> No
         for name, value in headers:
             handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(data)
         with proxy.lock:
             proxy.answered.append((handler.command, handler.path, len(data)))
+        handler.wfile.write(data)
     finally:
         with proxy.lock:
             proxy.at_once -= 1
