@@ -30,8 +30,8 @@ def repair(root: Place) -> str:
     """What to do about a damaged file of the store in `root`."""
     store = root.parent if root.name == "held_out" else root
     return (
-        f"to repair, delete {store} and harvest it again with the same config (the rows will be the same and runs "
-        f"continue); layerloom store verify {store} lists all damage"
+        f"layerloom store repair {store} harvests what is damaged again (the rows will be the same and runs continue); "
+        f"layerloom store verify {store} lists all damage"
     )
 
 

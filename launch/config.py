@@ -31,5 +31,7 @@ class LayerloomConfig(RunConfig):
     publish: PublishConfig = field(default_factory=PublishConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    # Folder that publish and sweep write.
+    # Folder that publish, sweep and `store merge` write.
     output: str = "runs/demo/published"
+    # Really delete what `store remove` names.
+    confirm: bool = False
