@@ -1,7 +1,6 @@
 """Fills batches from the shards: each row of a pool is read straight to its place in the batch where it comes.
 
-Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's
-stream (activation_store.order).
+Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's stream (see `order`).
 """
 
 import threading

@@ -20,14 +20,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """`write_bytes` of indented JSON. NaN and infinity are refused (ValueError): they are not JSON."""
-    write_bytes(path, _json_bytes(value))
+    write_bytes(path, json_bytes(value))
 
 
 def create_json(path: Path | str, value: Any) -> bool:
     """Like `write_json`, but only if `path` does not exist yet; False if it does (what is there stays)."""
     target = Path(path)
     try:
-        _write(target, _json_bytes(value), os.link)
+        _write(target, json_bytes(value), os.link)
     except FileExistsError:
         return False
     return True
@@ -61,7 +61,8 @@ def free_bytes(path: Path | str) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON. NaN and infinity are refused (ValueError): they are not JSON."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 

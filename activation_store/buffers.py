@@ -41,7 +41,8 @@ class Buffers:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
         if size < _HUGE_BYTES:
             return np.empty(size, dtype=np.uint8)
-        memory = mmap.mmap(-1, size)
+        # Shared memory, the default, gets no huge pages.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, dtype=np.uint8)

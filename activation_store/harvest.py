@@ -3,7 +3,6 @@
 import errno
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from activation_store.manifest import (
     provenance,
     read_commits,
 )
+from activation_store.places import Place, remove_all, storage_at
 from activation_store.plan import (
     HarvestPlan,
     check_disk,
@@ -41,7 +41,6 @@ from activation_store.plan import (
     needed_bytes,
 )
 from activation_store.progress import Progress, human_bytes, human_seconds, report
-from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
 from activation_store.subject import load_subject
 from activation_store.text import check_documents
@@ -54,7 +53,7 @@ from activation_store.writer import WindowWriter
 class HarvestSummary:
     """What a harvest left on disk. `skipped`: it was all there before."""
 
-    path: Path
+    path: Place
     rows: int
     held_out_rows: int
     used_rows: int
@@ -111,7 +110,7 @@ def _fill(plan: HarvestPlan, device: torch.device) -> None:
             return
         _clear_begun(plan, claims)
         # A sign of life before the first change: who asks for another config sees that somebody is at work.
-        claims.take(LocalStorage(plan.folder), f"worker-{claims.worker}")
+        claims.take(storage_at(plan.folder), f"worker-{claims.worker}")
         works = [_begin(plan, part, hooks) for part in reversed(plan.parts)][::-1]
         total = sum(part.most_rows for part in plan.parts)
         with Progress("harvest", total=total, unit="tok", initial=max(0, total - left)) as progress:
@@ -130,7 +129,7 @@ def _begin(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> PartWork:
     manifest = StoreManifest.load(part.folder)
     if differences := config_differences(manifest.config, plan.identity):
         raise UserError(mismatch(plan, manifest, differences))
-    storage = LocalStorage(part.folder)
+    storage = storage_at(part.folder)
     windows = Windows(part, storage, hooks.subject, plan.layout, contexts=plan.window_contexts)
     return PartWork(part, manifest, storage, windows, WindowWriter(part.folder, storage, manifest))
 
@@ -150,9 +149,9 @@ def _clear_begun(plan: HarvestPlan, claims: Claims) -> None:
     if _alive(plan, claims) or has_rows(folder):
         raise UserError(f"{mismatch(plan, manifest, differences)} (another process is harvesting into it now)")
     for name in (HELD_OUT, COMMITS, WINDOWS, CLAIMS, *(array.name for array in manifest.layout.arrays())):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "zarr.json").unlink(missing_ok=True)
-    (folder / MANIFEST).unlink()
+        remove_all(folder / name)
+    remove_all(folder / "zarr.json")
+    remove_all(folder / MANIFEST)
 
 
 def _alive(plan: HarvestPlan, claims: Claims) -> bool:
@@ -166,10 +165,10 @@ def _alive(plan: HarvestPlan, claims: Claims) -> bool:
     return False
 
 
-def _claims_seen(folder: Path) -> dict[Path, bytes]:
+def _claims_seen(folder: Place) -> dict[Place, bytes]:
     seen = {}
     for part in (folder, folder / HELD_OUT):
-        storage = LocalStorage(part)
+        storage = storage_at(part)
         for key in storage.list(CLAIMS):
             try:
                 seen[part / key] = storage.get(key)
@@ -218,7 +217,7 @@ def _continuable(plan: HarvestPlan) -> Iterator[None]:
         report(f"harvest: interrupted; what is committed stays. Continue with: {_command(plan)}")
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(plan.folder, Path):
             raise UserError(
                 f"harvest stopped: {os_error_line(error)}; committed windows stay: mend it and continue with: "
                 f"{_command(plan)}"

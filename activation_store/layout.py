@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCname, BloscCodec, BytesCodec
+from zarr.codecs import BloscCodec, BytesCodec
+from zarr.storage import MemoryStore
 
 from activation_store.atomic import fsync_file
 from activation_store.codec import NUMPY_DTYPES, has_scale
 from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
+from activation_store.places import Place, write_whole
 
 FORMAT_VERSION = 2
 # Of Blosc: fast settings, for 16-bit activations do not shrink more for a higher level.
@@ -145,9 +147,11 @@ class StoreLayout:
         return ArrayLayout(name, row_shape, False, stored, dtype, fill, self.chunk_rows, self.shard_rows)
 
 
-def create_zarr(folder: Path, layout: StoreLayout, rows: int = 0) -> None:
+def create_zarr(folder: Place, layout: StoreLayout, rows: int = 0) -> None:
     """Writes the metadata of the group and its arrays of `rows` rows, where they are missing."""
-    group = zarr.open_group(folder, mode="a", zarr_format=3, attributes={"layerloom_format_version": FORMAT_VERSION})
+    memory: dict[str, Any] = {}
+    target = folder if isinstance(folder, Path) else MemoryStore(memory)
+    group = zarr.open_group(target, mode="a", zarr_format=3, attributes={"layerloom_format_version": FORMAT_VERSION})
     for array in layout.arrays():
         if array.name not in group:
             group.create_array(
@@ -163,8 +167,11 @@ def create_zarr(folder: Path, layout: StoreLayout, rows: int = 0) -> None:
                 attributes={"logical_dtype": array.logical_dtype},
                 dimension_names=["row", "layer", "dim"][: 1 + len(array.row_shape)],
             )
-        # zarr renames a file that may not be on disk yet.
-        fsync_file(folder / array.name / "zarr.json")
+        if isinstance(folder, Path):
+            # zarr renames a file that may not be on disk yet.
+            fsync_file(folder / array.name / "zarr.json")
+    for key, value in memory.items():
+        write_whole(folder / key, value.to_bytes())
 
 
 def _compressors(array: ArrayLayout) -> list[BloscCodec] | None:
@@ -173,5 +180,5 @@ def _compressors(array: ArrayLayout) -> list[BloscCodec] | None:
         return None
     level = COMPRESSION_LEVELS[array.compression]
     size = array.dtype.itemsize
-    cname = BloscCname(array.compression.value)
+    cname = array.compression.value
     return [BloscCodec(typesize=size, cname=cname, clevel=level, shuffle="bitshuffle", blocksize=0)]

@@ -1,18 +1,19 @@
 """`manifest.json` (what a store is) and `commits/NNNNNNNN.json` (one per window that is wholly on disk)."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from activation_store.atomic import create_json, read_json, write_json
+from activation_store.atomic import json_bytes
 from activation_store.config import Compression, StoreConfig, StoreDtype, SubjectConfig, TextConfig
 from activation_store.errors import UserError
 from activation_store.layout import FORMAT_VERSION, StoreLayout
+from activation_store.places import Place, create_whole, write_whole
 from activation_store.shards import ShardRecord, repair
 from activation_store.statistics import RowSums, ScalingStatistics
 
@@ -30,14 +31,14 @@ _FREE_STORE = ("path", "scratch", "claim_seconds")
 class DamagedRecordError(UserError):
     """A manifest or commit that is not what was written."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Place, reason: str) -> None:
         root = path.parent.parent if path.parent.name == COMMITS else path.parent
         super().__init__(f"{path} is damaged ({reason}); {repair(root)}")
         self.path, self.reason = path, reason
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Place) -> Iterator[None]:
     """JSON that is cut short, or is no record of ours, is damage."""
     try:
         yield
@@ -88,13 +89,13 @@ class StoreManifest:
             len(self.layers), self.d_model, self.dtype, self.chunk_rows, self.shard_rows, self.compression
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         """Writes `manifest.json`, whole or not at all."""
-        write_json(folder / MANIFEST, self._to_dict())
+        write_whole(folder / MANIFEST, json_bytes(self._to_dict()))
 
-    def create(self, folder: Path) -> bool:
+    def create(self, folder: Place) -> bool:
         """Like `save`, but only where there is none yet; False if there is one (it stays)."""
-        return create_json(folder / MANIFEST, self._to_dict())
+        return create_whole(folder / MANIFEST, json_bytes(self._to_dict()))
 
     def _to_dict(self) -> dict[str, Any]:
         data = {name.name: getattr(self, name.name) for name in fields(self)}
@@ -102,13 +103,13 @@ class StoreManifest:
         return data
 
     @classmethod
-    def load(cls, folder: Path) -> "StoreManifest":
+    def load(cls, folder: Place) -> "StoreManifest":
         """Reads a store's manifest. Raises UserError for a folder that is not a store, or of a later format."""
         if not (folder / MANIFEST).is_file():
             what = "is not an activation store (no manifest.json)" if folder.exists() else "does not exist"
             raise UserError(f"store {folder} {what}; give the folder of a store, or make one with: layerloom harvest")
         with _readable(folder / MANIFEST):
-            data = read_json(folder / MANIFEST)
+            data = json.loads((folder / MANIFEST).read_bytes())
             found = data["format_version"]
         if found != FORMAT_VERSION:
             raise UserError(
@@ -152,14 +153,15 @@ class Commit:
     files: dict[str, ShardRecord]
     sums: RowSums
 
-    def create(self, folder: Path) -> bool:
+    def create(self, folder: Place) -> bool:
         """Publishes the commit; False if another one of this window is there already."""
-        return create_json(commit_path(folder, self.window), asdict(self) | {"sums": self.sums.to_dict()})
+        data = json_bytes(asdict(self) | {"sums": self.sums.to_dict()})
+        return create_whole(folder / COMMITS / commit_name(self.window), data)
 
     @classmethod
-    def load(cls, path: Path) -> "Commit":
+    def load(cls, path: Place) -> "Commit":
         with _readable(path):
-            data = read_json(path)
+            data = json.loads(path.read_bytes())
             return cls(
                 window=data["window"],
                 first_block=data["first_block"],
@@ -173,19 +175,23 @@ class Commit:
             )
 
 
-def commit_path(folder: Path, window: int) -> Path:
-    return folder / COMMITS / f"{window:08d}.json"
+def commit_path(folder: Place, window: int) -> Place:
+    return folder / COMMITS / commit_name(window)
 
 
-def committed_windows(folder: Path) -> list[int]:
+def commit_name(window: int) -> str:
+    return f"{window:08d}.json"
+
+
+def committed_windows(folder: Place) -> list[int]:
     """The windows that are committed, in order. Those between them are still to be harvested."""
     return sorted(int(path.stem) for path in (folder / COMMITS).glob("*.json") if path.stem.isdecimal())
 
 
-def read_commits(folder: Path) -> Iterator[Commit]:
+def read_commits(folder: Place) -> Iterator[Commit]:
     """The commits in the order of their windows, one at a time (each may be a megabyte)."""
     for window in committed_windows(folder):
-        yield Commit.load(commit_path(folder, window))
+        yield Commit.load(folder / COMMITS / commit_name(window))
 
 
 def count_documents(commits: Iterable[Commit]) -> int:

@@ -85,7 +85,9 @@ class EpochLine:
     def _make_part(self, number: int) -> _Part:
         part = int(self._order[number])
         first, last = int(self._bounds[part]), int(self._bounds[part + 1])
-        chunks = first + np.random.default_rng([self._seed, self._epoch, 1, part]).permutation(last - first)
+        chunks = np.arange(first, last)
+        if len(chunks) > 1:
+            np.random.default_rng([self._seed, self._epoch, 1, part]).shuffle(chunks)
         line_start = int(self._line_ends[number - 1]) if number else 0
         line_ends = line_start + np.cumsum(self._ends[chunks + 1] - self._ends[chunks])
         return _Part(chunks, line_ends, int(self._place_ends[number]) - (last - first), line_start)

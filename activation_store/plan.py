@@ -14,6 +14,7 @@ from activation_store.errors import UserError
 from activation_store.hooks import layer_range
 from activation_store.layout import StoreLayout
 from activation_store.manifest import COMPLETE, HELD_OUT, MANIFEST, StoreManifest, committed_windows, identity
+from activation_store.places import Place
 from activation_store.progress import human_bytes, report
 from activation_store.store import ActivationStore
 from activation_store.subject import SubjectInfo, describe_subject
@@ -40,8 +41,8 @@ class HarvestPlan:
     documents: int | None
 
     @property
-    def folder(self) -> Path:
-        return Path(self.store.path)
+    def folder(self) -> Place:
+        return next(part.folder for part in self.parts if part.name != HELD_OUT)
 
     @property
     def window_contexts(self) -> int:
@@ -89,14 +90,16 @@ def is_complete(plan: HarvestPlan) -> bool:
     return all(statuses)
 
 
-def has_rows(folder: Path) -> bool:
+def has_rows(folder: Place) -> bool:
     """Whether a block was committed in the store or its held-out part, or the store is complete without any."""
     parts = [part for part in (folder, folder / HELD_OUT) if (part / MANIFEST).exists()]
     return any(StoreManifest.load(part).status == COMPLETE or bool(committed_windows(part)) for part in parts)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Place) -> None:
     """Refuses a place where no folder can be made or written."""
+    if not isinstance(folder, Path):
+        return
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"store.path={folder} cannot be made: {nearest} is a file; give another folder")
@@ -111,7 +114,7 @@ def mismatch(plan: HarvestPlan, manifest: StoreManifest, differences: list[str])
     return f"{name}; use that config, or another store.path"
 
 
-def _rows_there(folder: Path) -> int:
+def _rows_there(folder: Place) -> int:
     if not (folder / MANIFEST).exists():
         return 0
     return ActivationStore.open(folder, allow_incomplete=True).n_rows
@@ -135,11 +138,14 @@ def check_disk(plan: HarvestPlan) -> None:
     """Says how much will be written, and refuses a disk that is too small."""
     rows = sum(part.most_rows for part in plan.parts)
     needed = needed_bytes(plan)
-    free = free_bytes(plan.folder)
     size = (
         f"{rows:,} rows x {len(plan.layers)} layers x {plan.info.d_model} x 2 in {plan.store.dtype.value}: "
         f"{human_bytes(rows * plan.layout.row_bytes)}"
     )
+    if not isinstance(plan.folder, Path):
+        report(f"harvest: at most {size} into {plan.folder}")
+        return
+    free = free_bytes(plan.folder)
     if needed > free:
         raise UserError(
             f"store.path={plan.folder} needs {human_bytes(needed)} ({needed} bytes; {size}) and its disk has "

@@ -1,7 +1,6 @@
 """Creates shard files: zarr's `sharding_indexed` codec, as activation_store.shards describes and reads it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -11,6 +10,7 @@ import xxhash
 
 from activation_store.config import Compression
 from activation_store.layout import COMPRESSION_LEVELS, ArrayLayout
+from activation_store.places import Place
 from activation_store.shards import NO_CHUNK, ShardRecord, read_pieces
 from activation_store.storage import Bytes, Storage
 
@@ -70,7 +70,7 @@ def _compressed(array: ArrayLayout, chunks: np.ndarray[Any, Any]) -> list[Bytes]
     return [blosc.encode(chunk.view(array.dtype)) for chunk in chunks]
 
 
-def adopt_shard(root: Path, array: ArrayLayout, shard: int, buffer: np.ndarray[Any, Any], row_chunks: int) -> None:
+def adopt_shard(root: Place, array: ArrayLayout, shard: int, buffer: np.ndarray[Any, Any], row_chunks: int) -> None:
     """Fills the first `row_chunks` row chunks of `buffer` with the shard that `write_shard` found in its place.
 
     Raises DamagedShardError for a file that does not hold as much.

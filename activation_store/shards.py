@@ -6,12 +6,9 @@ activation_store.shard_writer writes, and this reads what zarr writes (property 
 that is there already, each row where it is wanted.
 """
 
-import ctypes
-import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import google_crc32c
@@ -20,35 +17,28 @@ from numcodecs import blosc
 
 from activation_store.config import Compression
 from activation_store.errors import UserError
+from activation_store.files import Pieces, copy_to_pieces
 from activation_store.layout import ArrayLayout
+from activation_store.places import Place, open_file
 
 NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
-# preadv takes at most so many pieces on Linux.
-_IOV_MAX = 1024
-# (address, bytes) of pieces of memory, (n, 2): C's struct iovec.
-Pieces = np.ndarray[Any, np.dtype[np.uint64]]
 _Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
-# Not os.preadv: a Python object for every row of every layer would take longer than copying it.
-_preadv = ctypes.CDLL(None, use_errno=True).preadv
-_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong]
-_preadv.restype = ctypes.c_ssize_t
 
-
-def repair(root: Path) -> str:
+def repair(root: Place) -> str:
     """What to do about a damaged file of the store in `root`."""
     store = root.parent if root.name == "held_out" else root
     return (
-        f"to repair, delete {store} and harvest it again with the same config (the rows will be the same and runs "
-        f"continue); layerloom store verify {store} lists all damage"
+        f"layerloom store repair {store} harvests what is damaged again (the rows will be the same and runs continue); "
+        f"layerloom store verify {store} lists all damage"
     )
 
 
 class DamagedShardError(UserError):
     """A shard that is missing, cut short or has an impossible index."""
 
-    def __init__(self, root: Path, key: str, reason: str) -> None:
+    def __init__(self, root: Place, key: str, reason: str) -> None:
         super().__init__(f"shard {root / key} is damaged ({reason}); {repair(root)}")
         self.key, self.reason = key, reason
 
@@ -64,19 +54,14 @@ class ShardRecord:
 class ShardFile:
     """An open shard file and its index. Any number of threads may read; it is closed when nobody refers to it."""
 
-    def __init__(self, root: Path, array: ArrayLayout, shard: int) -> None:
+    def __init__(self, root: Place, array: ArrayLayout, shard: int) -> None:
         """Raises DamagedShardError for a file that is missing, cut short or whose index is damaged."""
         self._root, self._array, self._key = root, array, array.shard_key(shard)
-        self._descriptor = -1
         try:
-            self._descriptor = os.open(root / self._key, os.O_RDONLY)
+            self._file = open_file(root / self._key)
         except FileNotFoundError:
             raise self._damaged("missing") from None
         self._index = self._read_index()
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
     def read(self, first_slot: int, pieces: Sequence[Pieces], *, byte_start: int = 0) -> None:
         """Fills `pieces[i]` with the bytes of inner chunk `first_slot + i` from its byte `byte_start` on.
@@ -90,12 +75,12 @@ class ShardFile:
             raise self._damaged("a chunk of committed rows is not in its index")
         if not plain:
             for entry, wanted in zip(index, pieces, strict=True):
-                _copy(self._decompressed(int(entry[0]), int(entry[1])), byte_start, wanted)
+                copy_to_pieces(self._decompressed(int(entry[0]), int(entry[1])), byte_start, wanted)
             return
         offsets = index[:, 0].astype(np.int64) + byte_start
         for start, stop in _contiguous(offsets, int(pieces[0][:, 1].sum())):
             wanted = np.ascontiguousarray(np.concatenate(pieces[start:stop]))
-            if not _read_pieces(self._descriptor, wanted, int(offsets[start])):
+            if not self._file.read_pieces(wanted, int(offsets[start])):
                 raise self._damaged("cut short")
 
     def hint(self, first_slot: int, slots: int) -> None:
@@ -104,15 +89,15 @@ class ShardFile:
         index = index[index[:, 1] != NO_CHUNK]
         if len(index):
             start, stop = int(index[:, 0].min()), int(index.sum(1, dtype=np.uint64).max())
-            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            self._file.hint(start, stop - start)
 
     def _read_index(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """(offset, length) of every inner chunk, (slots, 2), checked against its checksum and the file's size."""
         slots = self._array.slots
-        payload_bytes = os.fstat(self._descriptor).st_size - slots * 16 - _CRC_BYTES
+        payload_bytes = self._file.size - slots * 16 - _CRC_BYTES
         if payload_bytes < 0:
             raise self._damaged("cut short")
-        tail = os.pread(self._descriptor, slots * 16 + _CRC_BYTES, payload_bytes)
+        tail = self._file.read(payload_bytes, slots * 16 + _CRC_BYTES)
         if google_crc32c.value(tail[: slots * 16]) != int.from_bytes(tail[slots * 16 :], "little"):
             raise self._damaged("the checksum of its index differs")
         index = np.frombuffer(tail, dtype="<u8", count=slots * 2).reshape(slots, 2)
@@ -123,7 +108,7 @@ class ShardFile:
 
     def _decompressed(self, offset: int, length: int) -> np.ndarray[Any, Any]:
         """One inner chunk."""
-        data = os.pread(self._descriptor, length, offset)
+        data = self._file.read(offset, length)
         if len(data) < length:
             raise self._damaged("cut short")
         out = np.empty(self._array.chunk_bytes, dtype=np.uint8)
@@ -145,7 +130,7 @@ _BLOSC_HEADER = 16
 
 
 def read_pieces(
-    root: Path, array: ArrayLayout, shard: int, buffers: Sequence[memoryview], *, first_slot: int, byte_start: int = 0
+    root: Place, array: ArrayLayout, shard: int, buffers: Sequence[memoryview], *, first_slot: int, byte_start: int = 0
 ) -> None:
     """Fills `buffers[i]` (contiguous bytes, equally many) from byte `byte_start` of inner chunk `first_slot + i` on.
 
@@ -160,35 +145,4 @@ def _contiguous(offsets: _Offsets, size: int) -> list[tuple[int, int]]:
     """Runs of chunks of which `size` bytes each follow one another in the file."""
     cuts = np.flatnonzero(np.diff(offsets) != size) + 1
     edges = [0, *cuts.tolist(), len(offsets)]
-    return list(itertools.pairwise(edges))
-
-
-def _read_pieces(descriptor: int, pieces: Pieces, offset: int) -> bool:
-    """Fills the pieces from `offset` on; False if the file ends before."""
-    start = 0
-    while start < len(pieces):
-        group = pieces[start : start + _IOV_MAX]
-        got = _preadv(descriptor, group.ctypes.data, len(group), offset)
-        if got < 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
-        if got == 0 and group[:, 1].any():
-            return False
-        offset += got
-        ends = np.cumsum(group[:, 1])
-        whole = int(np.searchsorted(ends, got, side="right"))
-        start += whole
-        if whole < len(group):
-            # A short read: the rest of the piece in which it ended.
-            done = got - (int(ends[whole - 1]) if whole else 0)
-            pieces[start] += np.array([done, 0], dtype=np.uint64)
-            pieces[start, 1] -= np.uint64(done)
-    return True
-
-
-def _copy(data: np.ndarray[Any, Any], byte_start: int, pieces: Pieces) -> None:
-    """Copies bytes in memory, from `byte_start` of `data` on."""
-    address = data.ctypes.data + byte_start
-    for target, size in pieces.tolist():
-        ctypes.memmove(target, address, size)
-        address += size
+    return list(pairwise(edges))

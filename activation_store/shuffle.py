@@ -213,5 +213,6 @@ def _decode_parallel(parts: Sequence[Encoded], outs: Sequence[Tensor], executor:
 def _decode_layer(encoded_BD: Encoded, out_BD: Tensor) -> None:
     """In pieces that stay in the processor's cache and that torch does not split over threads of its own."""
     step = max(1, SERIAL_ELEMENTS // out_BD.shape[1])
-    for start in range(0, len(out_BD), step):
-        decode(encoded_BD[start : start + step], out_BD[start : start + step])
+    scales = [None] * -(-len(out_BD) // step) if encoded_BD.scale is None else encoded_BD.scale.split(step)
+    for values, scale, out in zip(encoded_BD.values.split(step), scales, out_BD.split(step), strict=True):
+        decode(Encoded(values, scale), out)

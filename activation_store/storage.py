@@ -36,6 +36,9 @@ class Storage(Protocol):
     def size(self, key: str) -> int | None:
         """Bytes of an object; None if there is none."""
 
+    def clean(self) -> None:
+        """Removes what killed writers left, of whoever they are: only when nobody writes any more."""
+
 
 class LocalStorage:
     """Files below a folder. Temporary files end with `.partial`; a kill may leave one, `clean` removes them."""

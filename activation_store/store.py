@@ -6,7 +6,6 @@ Letters: n rows, L layers, D d_model.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from activation_store.config import StoreDtype
 from activation_store.errors import UserError
 from activation_store.layout import ArrayLayout
 from activation_store.manifest import COMPLETE, HELD_OUT, MANIFEST, StoreManifest, read_commits
+from activation_store.places import Place, place
 from activation_store.progress import human_bytes
 from activation_store.shards import read_pieces
 from activation_store.statistics import (
@@ -56,7 +56,7 @@ class ActivationRows:
 class ActivationStore:
     """The rows of a store in block order, 0 to `n_rows`; holes between blocks are not counted."""
 
-    def __init__(self, path: Path, manifest: StoreManifest, blocks: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, path: Place, manifest: StoreManifest, blocks: Sequence[tuple[int, int]]) -> None:
         """`blocks`: first row in the arrays, and rows, of each block. Use `open`."""
         self.path, self.manifest = path, manifest
         self.layout = manifest.layout
@@ -64,9 +64,12 @@ class ActivationStore:
         self.n_rows = self.chunks.n_rows
 
     @classmethod
-    def open(cls, path: Path | str, *, allow_incomplete: bool = False) -> "ActivationStore":
-        """Opens a store. Raises UserError if it is none, or half written (unless `allow_incomplete`: its commits)."""
-        folder = Path(path)
+    def open(cls, path: Place | str, *, allow_incomplete: bool = False) -> "ActivationStore":
+        """Opens a store in a folder or at a URL.
+
+        Raises UserError if it is none, or half written (unless `allow_incomplete`: its commits).
+        """
+        folder = place(path)
         manifest = StoreManifest.load(folder)
         if manifest.status == COMPLETE:
             return cls(folder, manifest, [(start, rows) for start, rows in manifest.blocks])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.atomic import write_bytes
+from activation_store.places import Place, write_whole
 from activation_store.statistics import BoolRows
 
 BITS, ENDS = "used_bits.npy", "used_ends.npy"
@@ -22,7 +22,7 @@ IntRows = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class UsedRows:
-    """`bits`: (chunks, bytes of a chunk's rows), little end first; `ends`: (chunks + 1) used rows before chunk i."""
+    """`bits`: (chunks, bytes of a chunk's rows), little end first. `ends`: used rows before each chunk, and all."""
 
     bits: np.ndarray[Any, np.dtype[np.uint8]]
     ends: IntRows
@@ -47,20 +47,27 @@ class UsedRows:
             ends[chunk + 1] = np.count_nonzero(mask)
         return cls(bits, np.cumsum(ends))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         """Writes both files into the folder of a store."""
         for name, values in ((BITS, self.bits), (ENDS, self.ends)):
             file = BytesIO()
             np.save(file, values)
-            write_bytes(folder / name, file.getvalue())
+            write_whole(folder / name, file.getvalue())
 
     @classmethod
-    def load(cls, folder: Path, *, chunks: int, chunk_rows: int, count: int) -> "UsedRows | None":
+    def load(cls, folder: Place, *, chunks: int, chunk_rows: int, count: int) -> "UsedRows | None":
         """Maps the files of a store with so many chunks and used rows; None if they are not there or not of it."""
         try:
-            found = cls(np.load(folder / BITS, mmap_mode="r"), np.load(folder / ENDS, mmap_mode="r"))
+            found = cls(_array(folder / BITS), _array(folder / ENDS))
         except (FileNotFoundError, ValueError):
             return None
         if found.bits.shape != (chunks, -(-chunk_rows // 8)) or found.ends.shape != (chunks + 1,):
             return None
         return found if found.count == count else None
+
+
+def _array(path: Place) -> np.ndarray[Any, Any]:
+    """An array that is mapped where it lies on disk, and read where it does not."""
+    if isinstance(path, Path):
+        return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(BytesIO(path.read_bytes())))

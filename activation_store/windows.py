@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch
 from activation_store.config import StoreConfig, TextConfig
 from activation_store.layout import StoreLayout
 from activation_store.manifest import HELD_OUT
+from activation_store.places import Place
 from activation_store.storage import Storage
 from activation_store.subject import Subject
 from activation_store.text import Document, open_documents, stream_documents
@@ -34,7 +34,7 @@ class Part:
     """One of the two stores of a harvest: the rows for training, or the held-out ones in a folder of their own."""
 
     name: str
-    folder: Path
+    folder: Place
     # Documents of this part are cut with these settings.
     text: TextConfig
     # Rows to harvest at most, rounded up to whole contexts; None: all that `text` gives.

@@ -8,20 +8,17 @@ from itertools import count
 from activation_store.blocks import BlockRunner, capture_rows
 from activation_store.claims import CLAIMS, Claims
 from activation_store.compare import config_differences
+from activation_store.completion import complete_store
 from activation_store.errors import UserError
-from activation_store.layout import create_zarr
 from activation_store.manifest import (
     COMPLETE,
     StoreManifest,
     commit_path,
     committed_windows,
-    count_documents,
-    read_commits,
 )
 from activation_store.pipeline import Ahead, Behind, WorkTimes
 from activation_store.progress import Progress
 from activation_store.storage import LocalStorage
-from activation_store.store import ActivationStore
 from activation_store.windows import WINDOWS, Part, WindowRecord, Windows, WindowText, row_order
 from activation_store.writer import WindowRows, WindowWriter
 
@@ -198,16 +195,7 @@ def finish(work: PartWork, claims: Claims) -> None:
 
 def _complete(work: PartWork) -> None:
     folder = work.part.folder
-    manifest = StoreManifest.load(folder)
-    manifest.blocks = [[commit.start_row, commit.rows] for commit in read_commits(folder)]
-    manifest.rows = sum(rows for _, rows in manifest.blocks)
-    manifest.documents = count_documents(read_commits(folder))
-    store = ActivationStore(folder, manifest, [(start, rows) for start, rows in manifest.blocks])
-    manifest.statistics, manifest.outlier_rows = store.compute_statistics()
-    manifest.status = COMPLETE
-    ActivationStore(folder, manifest, [(start, rows) for start, rows in manifest.blocks]).used.save(folder)
-    create_zarr(folder, manifest.layout, sum(manifest.blocks[-1]) if manifest.blocks else 0)
-    manifest.save(folder)
+    complete_store(folder, StoreManifest.load(folder))
     for place in (WINDOWS, CLAIMS):
         for key in list(work.storage.list(place)):
             if not key.endswith(f"/{_FINISH}"):

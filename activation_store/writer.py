@@ -16,6 +16,7 @@ from activation_store.codec import Encoded, decode, from_bits, stored_bits
 from activation_store.errors import UserError
 from activation_store.layout import StoreLayout
 from activation_store.manifest import Commit, CommittedDocument, StoreManifest
+from activation_store.places import Place
 from activation_store.shard_writer import adopt_shard, write_shard
 from activation_store.shards import ShardRecord
 from activation_store.statistics import RowSums, eligible_rows, sum_chunk
@@ -85,7 +86,7 @@ class WindowWriter:
     hardware the bytes are equal anyway.
     """
 
-    def __init__(self, folder: Path, storage: Storage, manifest: StoreManifest) -> None:
+    def __init__(self, folder: Place, storage: Storage, manifest: StoreManifest) -> None:
         self._folder, self._storage, self.layout = folder, storage, manifest.layout
         self._special_ids = manifest.special_token_ids
         # One shard of every array, as it lies on disk.

@@ -13,11 +13,11 @@ from launch.verbs import STORE_ACTIONS, VERBS
 
 @dataclass(frozen=True)
 class Arguments:
-    """`verb` is empty for `layerloom --help` and `--version` alone; `action` and `folder` belong to `store`."""
+    """`verb` is empty for `layerloom --help` and `--version` alone; `action` and `folders` belong to `store`."""
 
     verb: str
     action: str
-    folder: str
+    folders: tuple[str, ...]
     overrides: tuple[str, ...]
     config_dir: Path | None
     show_config: bool
@@ -51,13 +51,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise UserError(f"{verb} is not a verb; {did_you_mean(verb, VERBS)}the verbs are: {', '.join(VERBS)}")
     if not verb and not (parsed.help or parsed.version):
         raise UserError(f"no verb given; the verbs are: {', '.join(VERBS)} (see: layerloom --help)")
-    action = folder = ""
+    action, folders = "", ()
     if verb == "store" and not parsed.help:
-        action, folder, words = _store_words(words)
+        action, folders, words = _store_words(words)
     return Arguments(
         verb=verb,
         action=action,
-        folder=folder,
+        folders=folders,
         overrides=tuple(words),
         config_dir=parsed.config_dir,
         show_config=parsed.cfg is not None,
@@ -66,13 +66,17 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
 
 
-def _store_words(words: list[str]) -> tuple[str, str, list[str]]:
-    """`info FOLDER`, `verify store.path=FOLDER`: the action, the folder if it stands alone, the overrides."""
+def _store_words(words: list[str]) -> tuple[str, tuple[str, ...], list[str]]:
+    """`info FOLDER`, `verify store.path=FOLDER`: the action, the folders that stand alone, the overrides."""
     actions = " | ".join(STORE_ACTIONS)
     if not words or words[0] not in STORE_ACTIONS:
         given = f"store {words[0]}" if words else "store alone"
         raise UserError(f"{given} is not a command; want: layerloom store {actions} FOLDER")
-    folders = [word for word in words[1:] if "=" not in word]
-    if len(folders) > 1:
+    folders = tuple(word for word in words[1:] if "=" not in word)
+    overrides = [word for word in words[1:] if "=" in word]
+    if words[0] == "merge":
+        if len(folders) < 2 or not any(word.startswith("output=") for word in overrides):
+            raise UserError("store merge joins several stores; want: layerloom store merge FOLDER FOLDER output=FOLDER")
+    elif len(folders) > 1:
         raise UserError(f"store {words[0]} looks at one folder, got {len(folders)}: {' '.join(folders)}")
-    return words[0], folders[0] if folders else "", [word for word in words[1:] if "=" in word]
+    return words[0], folders, overrides

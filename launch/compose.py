@@ -112,7 +112,7 @@ def _check_read(override: Override, verb: str) -> None:
     """A verb that takes its settings from a run refuses those that it would pass over in silence."""
     entry = VERBS.get(verb)
     key = str(override.key_or_group)
-    if entry is None or not entry.strict or key.split(".", maxsplit=1)[0] in (*entry.groups, *entry.keys):
+    if entry is None or not entry.strict or {key, key.split(".", maxsplit=1)[0]} & {*entry.groups, *entry.keys}:
         return
     reads = ", ".join([*(f"{group}.*" for group in entry.groups if group != "preset"), *entry.keys])
     raise UserError(f"{override.input_line}: layerloom {verb} does not read {key}; it reads {reads}")

@@ -43,5 +43,7 @@ class LayerloomConfig(RunConfig):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
-    # Folder that publish and sweep write.
+    # Folder that publish, sweep and `store merge` write.
     output: str = "runs/demo/published"
+    # Really delete what `store remove` names.
+    confirm: bool = False

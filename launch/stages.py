@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from activation_store.errors import UserError
 from launch.arguments import Arguments
 from launch.compose import parse_overrides
 from launch.config import LayerloomConfig
@@ -13,10 +14,7 @@ from launch.validate import validate
 
 def prepare(config: LayerloomConfig, verb: str) -> None:
     """Checks the config and sets this process up: threads, and no chatter from libraries."""
-    # Read when the libraries are imported, which some rules do. A bar for every file that `datasets` opens would drown
-    # the stage's own.
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     validate(config, verb)
     import torch
 
@@ -24,6 +22,15 @@ def prepare(config: LayerloomConfig, verb: str) -> None:
 
     resolve_device(config.device)
     torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
+
+
+def quiet_libraries() -> None:
+    """To be called before the libraries are imported, for they read it then (some rules of `validate` import them).
+
+    A bar for every file that `datasets` opens would drown the stage's own.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def harvest(config: LayerloomConfig, arguments: Arguments) -> int:
@@ -85,22 +92,14 @@ def publish(config: LayerloomConfig, arguments: Arguments) -> int:
 
 
 def store(config: LayerloomConfig, arguments: Arguments) -> int:
-    """`layerloom store info | verify`."""
-    from activation_store.progress import human_bytes
-    from activation_store.verify import store_info, verify_store
+    """`layerloom store info | verify | repair | merge | remove`."""
+    from launch import stores
 
-    folder = Path(arguments.folder or config.store.path)
-    if arguments.action == "info":
-        print(store_info(folder))
-        return 0
-    found = verify_store(folder)
-    size = human_bytes(found.bytes)
-    for line in found.damaged:
-        print(f"damaged: {line}")
-    print(
-        f"{folder}: {found.files} files, {size}, " + (f"{len(found.damaged)} damaged" if found.damaged else "no damage")
-    )
-    return 0 if found.ok else 1
+    keys = {str(word.key_or_group) for word in parse_overrides(arguments.overrides)}
+    if arguments.action == "remove" and not (arguments.folders or "store.path" in keys):
+        raise UserError("store remove wants the folder to delete: layerloom store remove FOLDER")
+    folders = [Path(folder) for folder in arguments.folders or (config.store.path,)]
+    return getattr(stores, arguments.action)(config, folders, keys)  # type: ignore[no-any-return]
 
 
 def sweep(config: LayerloomConfig, arguments: Arguments) -> int:

@@ -17,7 +17,7 @@ _TRAIN_GROUPS = (
     "kernels",
     "log",
 )
-STORE_ACTIONS = ("info", "verify")
+STORE_ACTIONS = ("info", "verify", "repair", "merge", "remove")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ VERBS: dict[str, Verb] = {
         "sweep",
     ),
     "store": Verb(
-        "looks at a store: `store info FOLDER` describes it, `store verify FOLDER` checks every byte",
+        "looks after a store: `store info FOLDER` describes it, `store verify FOLDER` checks every byte, `store repair "
+        "FOLDER` harvests what is damaged again, `store merge FOLDER FOLDER output=FOLDER` joins stores, `store remove "
+        "FOLDER` deletes one",
         ("store",),
-        (),
+        ("output", "confirm", "device", "subject.path", "subject.cache_dir", "text.path"),
         "store",
         strict=True,
     ),

@@ -81,7 +81,9 @@ def check_text(config: RunConfig, store: ActivationStore) -> None:
     from activation_store.text import text_fingerprint  # datasets: seconds
 
     found, harvested = text_fingerprint(config.text), store.manifest.config["text"]["fingerprint"]
-    if found != harvested:
+    # What one of the stores of a merge holds out, none of them trains on.
+    merged = [source["fingerprint"] for source in store.manifest.config.get("merged", [])]
+    if found not in (harvested, *merged):
         raise UserError(
             f"text.path={config.text.path} is now {found}, and store {store.path} was harvested from {harvested}; put "
             "that text back, or harvest and train again"

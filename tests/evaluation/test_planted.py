@@ -160,6 +160,7 @@ def test_standard_errors_are_the_jackknife_of_whole_evaluations(tiny_llama: Path
             part.document_ids_NC,
             part.positions_NC,
             part.valid_NC & (part.document_ids_NC != document),
+            part.pieces_NC,
         )
         left_out.append(evaluate_transcoder(model, subject, keep, settings, threshold_rule="learned"))
     for path in (("fvu",), ("l0",), ("excluded_fraction",), ("replacement", "ce_recovered"), ("replacement", "kl")):

@@ -84,9 +84,12 @@ def test_the_resolved_config_can_be_printed(capsys: pytest.CaptureFixture[str], 
         (["train", "--cfg", "all"], ["--cfg", "job"]),
         (["train", "model=resnet"], ["model=resnet", "clt"]),
         (["train", "--config-dir", "nowhere"], ["nowhere", "not a folder"]),
-        (["store"], ["layerloom store info | verify FOLDER"]),
+        (["store"], ["layerloom store info | verify | repair | merge | remove FOLDER"]),
         (["store", "delete", "x"], ["store delete", "info | verify"]),
         (["store", "info", "a", "b"], ["one folder", "a b"]),
+        (["store", "merge", "a", "b"], ["store merge FOLDER FOLDER output=FOLDER"]),
+        (["store", "remove"], ["layerloom store remove FOLDER"]),
+        (["store", "info", "x", "subject.dtype=float16"], ["does not read subject.dtype"]),
         (["store", "info", "nowhere"], ["nowhere"]),
         (["train", "activation.k=64", "model.n_features=32"], ["activation.k=64", "model.n_features=32"]),
         (["harvest", "text.context_length=1"], ["text.context_length=1", "at least 2"]),
@@ -130,14 +133,14 @@ def test_the_command_is_installed_and_says_its_version() -> None:
 
 def test_store_words() -> None:
     parsed = parse_arguments(["store", "verify", "some/folder", "--config-dir", "mine"])
-    assert (parsed.action, parsed.folder, parsed.overrides, parsed.config_dir) == (
+    assert (parsed.action, parsed.folders, parsed.overrides, parsed.config_dir) == (
         "verify",
-        "some/folder",
+        ("some/folder",),
         (),
         Path("mine"),
     )
     parsed = parse_arguments(["store", "info", "store.path=x"])
-    assert (parsed.action, parsed.folder, parsed.overrides) == ("info", "", ("store.path=x",))
+    assert (parsed.action, parsed.folders, parsed.overrides) == ("info", (), ("store.path=x",))
 
 
 def test_an_error_of_the_system_is_one_line(

@@ -1,4 +1,4 @@
-"""The order of the rows: complete, disjoint between ranks, the same however it is cut, mixed as docs/store.md says."""
+"""The order of the rows: complete, the same however it is cut, and mixed as docs/store.md says."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,23 @@
+"""The end of a store in the making: counts, final statistics and status, once all its windows are committed."""
+
+from pathlib import Path
+
+from activation_store.layout import create_zarr
+from activation_store.manifest import COMPLETE, StoreManifest, count_documents, read_commits
+from activation_store.store import ActivationStore
+
+
+def complete_store(folder: Path, manifest: StoreManifest) -> None:
+    """Sets the rest of `manifest` from the commits and publishes it, after which the store is complete.
+
+    Raises UserError if no row of the store would be trained on.
+    """
+    manifest.blocks = [[commit.start_row, commit.rows] for commit in read_commits(folder)]
+    manifest.rows = sum(rows for _, rows in manifest.blocks)
+    manifest.documents = count_documents(read_commits(folder))
+    blocks = [(start, rows) for start, rows in manifest.blocks]
+    manifest.statistics, manifest.outlier_rows = ActivationStore(folder, manifest, blocks).compute_statistics()
+    manifest.status = COMPLETE
+    ActivationStore(folder, manifest, blocks).used.save(folder)
+    create_zarr(folder, manifest.layout, sum(manifest.blocks[-1]) if manifest.blocks else 0)
+    manifest.save(folder)

@@ -1,0 +1,261 @@
+"""A store on an object store: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, through obstore.
+
+Credentials and endpoint come from the environment variables that other tools use (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS; ...). A commit is a conditional PUT
+(`If-None-Match: *`). Objects are uploaded whole, read by ranges.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnknownConfigurationKeyError,
+)
+from obstore.store import from_url
+
+from activation_store.errors import UserError
+from activation_store.file_cache import CachedFile, FileCache
+from activation_store.files import Pieces, copy_to_pieces, read_descriptor
+from activation_store.retries import Retries, StorageError, TransientError
+from activation_store.storage import Bytes
+
+T = TypeVar("T")
+# One request reads at most so much: a dropped connection loses no more.
+_REQUEST_BYTES = 1 << 25
+_CLIENT_OPTIONS = {
+    # Without a byte for so long, a connection counts as dropped; a large upload may take its time.
+    "read_timeout": "30s",
+    "connect_timeout": "5s",
+    "timeout": "3600s",
+}
+_SECRETS = ("secret", "token", "password", "access_key", "account_key", "sas_key", "service_account_key")
+# Where machines of a cloud ask for their credentials.
+_METADATA = ("169.254.169.254", "/latest/api/token", "/latest/meta-data", "/computeMetadata/")
+
+
+def is_url(place: object) -> bool:
+    """Whether a `store.path` names an object store."""
+    return isinstance(place, str) and "://" in place
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectStorageOptions:
+    """How to reach an object store. `options`: obstore's configuration (endpoint, region, ...), no secrets."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    # Of the local copies of what was read; 0: none.
+    cache_bytes: int = 10_000_000_000
+    # Empty: $LAYERLOOM_CACHE or ~/.cache/layerloom.
+    cache_dir: str = ""
+    retries: Retries = field(default_factory=Retries)
+    # Requests at a time of one process.
+    max_requests: int = 16
+
+    def cache(self) -> FileCache | None:
+        """The local cache, made if need be."""
+        if self.cache_bytes <= 0:
+            return None
+        root = self.cache_dir or os.environ.get("LAYERLOOM_CACHE") or "~/.cache/layerloom"
+        return FileCache(Path(root).expanduser() / "objects", self.cache_bytes)
+
+
+class ObjectStorage:
+    """Objects below a URL: `activation_store.storage.Storage`. Any number of threads may use it.
+
+    What fails for a passing reason (5xx, too many requests, a dropped connection) is tried again. Raises StorageError
+    when that did not help, UserError for credentials, a bucket or an option that is wrong.
+    """
+
+    def __init__(self, url: str, options: ObjectStorageOptions | None = None) -> None:
+        """Does not talk to the server. Raises UserError."""
+        self.url = url.rstrip("/")
+        options = self._options = options or ObjectStorageOptions()
+        self._retries, self._cache = options.retries, options.cache()
+        self._store = _connect(self.url, options.options)
+        self._slots = threading.BoundedSemaphore(options.max_requests)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def below(self, folder: str) -> "ObjectStorage":
+        """The objects whose keys begin with `folder/`, without that; both share the bound on requests."""
+        if not folder:
+            return self
+        inner = ObjectStorage(f"{self.url}/{folder}", self._options)
+        inner._slots = self._slots
+        return inner
+
+    def get(self, key: str) -> bytes:
+        """The whole object, in one request."""
+        return self._request(key, lambda _: bytes(obstore.get(self._store, key).bytes()))
+
+    def put(self, key: str, data: Bytes) -> None:
+        """One request. What was acknowledged is durable."""
+        self._request(key, lambda _: obstore.put(self._store, key, data, use_multipart=False))
+
+    def put_if_absent(self, key: str, pieces: Sequence[Bytes]) -> bool:
+        """One conditional request, of at most 5 GB on S3."""
+
+        def create(attempt: int) -> bool:
+            try:
+                obstore.put(self._store, key, list(pieces), mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                # An attempt whose answer was lost may have succeeded.
+                return attempt > 0 and bytes(obstore.get(self._store, key).bytes()) == b"".join(pieces)
+            return True
+
+        return self._request(key, create)
+
+    def list(self, folder: str) -> Iterator[str]:
+        """All that was created before is there: object stores list consistently."""
+        found = self._request(folder, lambda _: obstore.list_with_delimiter(self._store, folder))
+        return iter([item["path"] for item in found["objects"]])
+
+    def list_all(self, folder: str) -> Iterator[str]:
+        """Keys of all objects below `folder`, however deep."""
+        found = self._request(folder, lambda _: obstore.list(self._store, folder or None).collect())
+        return iter([item["path"] for item in found])
+
+    def delete(self, key: str) -> None:
+        """One request."""
+        try:
+            self._request(key, lambda _: obstore.delete(self._store, key))
+        except FileNotFoundError:
+            return
+
+    def size(self, key: str) -> int | None:
+        """By a HEAD request."""
+        try:
+            return int(self._request(key, lambda _: obstore.head(self._store, key))["size"])
+        except FileNotFoundError:
+            return None
+
+    def clean(self) -> None:
+        """Nothing to do: an object is there whole or not at all."""
+
+    def open(self, key: str) -> "ObjectFile":
+        """An object to read parts of. Raises FileNotFoundError."""
+        meta = self._request(key, lambda _: obstore.head(self._store, key))
+        cached = None
+        if self._cache is not None:
+            name = f"{self.url}/{key} {meta['e_tag'] or meta['last_modified']}"
+            cached = self._cache.file(name, int(meta["size"]))
+        return ObjectFile(self, key, int(meta["size"]), self._cache, cached)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object that has them, in requests of bounded size."""
+        parts = []
+        for first in range(start, stop, _REQUEST_BYTES):
+            last = min(stop, first + _REQUEST_BYTES)
+            parts.append(self._request(key, lambda _, a=first, b=last: self._range(key, a, b)))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _range(self, key: str, start: int, stop: int) -> bytes:
+        data = bytes(obstore.get_range(self._store, key, start=start, end=stop))
+        if len(data) != stop - start:
+            raise TransientError(f"{self.url}/{key}: {len(data)} bytes came of {stop - start}")
+        return data
+
+    def _request(self, key: str, request: Callable[[int], T]) -> T:
+        """Makes a request, one of `max_requests` at a time, and says what went wrong in one line."""
+
+        def attempt(number: int) -> T:
+            with self._slots:
+                try:
+                    return request(number)
+                except FileNotFoundError as error:
+                    if "NoSuchBucket" in str(error):
+                        raise UserError(f"{self.url}: there is no such bucket; make it, or give another") from error
+                    raise
+                except BaseError as error:
+                    raise self._failure(key, error) from error
+
+        return self._retries.run(attempt)
+
+    def _failure(self, key: str, error: BaseError) -> Exception:
+        reason = _reason(error)
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+            return UserError(
+                f"{self.url}: the server refused these credentials ({reason}); check the access key, the secret and "
+                "what they may do"
+            )
+        if any(word in reason for word in _METADATA) or "credential" in reason.lower():
+            return UserError(
+                f"{self.url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                "(gs: GOOGLE_APPLICATION_CREDENTIALS; a public bucket: store.storage_options.skip_signature=true)"
+            )
+        status = re.search(r"status code: (\d+)", reason)
+        if status is None and "HTTP error" not in reason:
+            return StorageError(f"{self.url}/{key}: {reason}")
+        if status is None or int(status[1]) >= 500 or int(status[1]) in (408, 409, 429):
+            return TransientError(f"{self.url}/{key}: {reason}")
+        return StorageError(f"{self.url}/{key}: {reason}")
+
+
+class ObjectFile:
+    """An object of which parts are read, by way of the cache if there is one: `activation_store.files.OpenFile`."""
+
+    def __init__(
+        self, storage: ObjectStorage, key: str, size: int, cache: FileCache | None, cached: CachedFile | None
+    ) -> None:
+        self._storage, self._key, self.size = storage, key, size
+        self._cache, self._cached = cache, cached
+
+    def read(self, offset: int, length: int) -> bytes:
+        stop = min(self.size, offset + length)
+        if self._cache is None or self._cached is None or not self._cache.holds(length):
+            return self._fetch(offset, stop) if stop > offset else b""
+        with self._cache.filled(self._cached, offset, length, self._fetch) as descriptor:
+            return os.pread(descriptor, max(0, stop - offset), offset)
+
+    def read_pieces(self, pieces: Pieces, offset: int) -> bool:
+        length = int(pieces[:, 1].sum())
+        if offset + length > self.size:
+            return False
+        if self._cache is None or self._cached is None or not self._cache.holds(length):
+            copy_to_pieces(np.frombuffer(self._fetch(offset, offset + length), dtype=np.uint8), 0, pieces)
+            return True
+        with self._cache.filled(self._cached, offset, length, self._fetch) as descriptor:
+            return read_descriptor(descriptor, pieces, offset)
+
+    def hint(self, offset: int, length: int) -> None:
+        """Nothing: the threads that read fetch several parts at once."""
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        return self._storage.read_range(self._key, start, stop)
+
+
+def _connect(url: str, options: dict[str, str]) -> Any:
+    for key in options:
+        if any(word in key.lower() for word in _SECRETS):
+            raise UserError(
+                f"store.storage_options.{key} is a secret, and configs are written beside checkpoints; give it by an "
+                "environment variable (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+            )
+    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
+    client: dict[str, Any] = dict(_CLIENT_OPTIONS)
+    if endpoint.startswith("http://"):
+        client["allow_http"] = True
+    # Retries are ours: a conditional request may only be repeated by who knows what its answer then means.
+    try:
+        return from_url(url, config=options, client_options=client, retry_config={"max_retries": 0})
+    except UnknownConfigurationKeyError as error:
+        raise UserError(f"store.storage_options: {_reason(error)}") from error
+    except BaseError as error:
+        raise UserError(f"store.path={url}: {_reason(error)}; give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What obstore says first: the rest describes its inside, and servers answer with pages."""
+    return " ".join(str(error).split("\n\nDebug source", maxsplit=1)[0].split())[:300]

@@ -1,0 +1,144 @@
+"""An S3 server on a socket (moto's), and a proxy before it that fails as told."""
+
+import logging
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from moto.server import ThreadedMotoServer
+
+BUCKET = "bucket"
+_HOP_HEADERS = ("connection", "transfer-encoding", "keep-alive")
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """The endpoint of a server with an empty bucket `BUCKET`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    post(f"{endpoint}/{BUCKET}", method="PUT")
+    try:
+        yield endpoint
+    finally:
+        server.stop()
+
+
+def post(url: str, data: bytes = b"", *, method: str = "POST") -> None:
+    headers = {"content-type": "application/octet-stream"}
+    with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method, headers=headers)):
+        pass
+
+
+@dataclass
+class Proxy:
+    """What goes through; `fault(method, number)` says what befalls a request.
+
+    "" nothing, "503" an answer without asking the server, "drop" the connection before it is asked, "lose" its answer.
+    """
+
+    fault: Callable[[str, int], str] = lambda method, number: ""
+    # Seconds that each request takes at least.
+    delay: float = 0.0
+    # (method, path, bytes of the answer's body) of those that were answered.
+    answered: list[tuple[str, str, int]] = field(default_factory=list)
+    faults: int = 0
+    number: int = 0
+    at_once: int = 0
+    most_at_once: int = 0
+    endpoint: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@contextmanager
+def proxy_to(endpoint: str) -> Iterator[Proxy]:
+    """A proxy on a socket of its own."""
+    proxy = Proxy()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except OSError:
+                # The client went away.
+                self.close_connection = True
+
+        def _any(self) -> None:
+            _forward(self, proxy, endpoint)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _any
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    proxy.endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> None:
+    body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
+    with proxy.lock:
+        proxy.number += 1
+        number = proxy.number
+        proxy.at_once += 1
+        proxy.most_at_once = max(proxy.most_at_once, proxy.at_once)
+    try:
+        time.sleep(proxy.delay)
+        fault = proxy.fault(handler.command, number)
+        with proxy.lock:
+            proxy.faults += bool(fault)
+        if fault == "503":
+            handler.send_response(503)
+            handler.send_header("content-length", "0")
+            handler.end_headers()
+            return
+        if fault == "drop":
+            handler.close_connection = True
+            return
+        status, headers, data = _ask(handler, endpoint, body)
+        if fault == "lose":
+            handler.close_connection = True
+            return
+        handler.send_response(status)
+        for name, value in headers:
+            handler.send_header(name, value)
+        handler.end_headers()
+        with proxy.lock:
+            proxy.answered.append((handler.command, handler.path, len(data)))
+        handler.wfile.write(data)
+    finally:
+        with proxy.lock:
+            proxy.at_once -= 1
+
+
+def _ask(handler: BaseHTTPRequestHandler, endpoint: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    connection = HTTPConnection(endpoint.removeprefix("http://"))
+    try:
+        headers = {name: value for name, value in handler.headers.items() if name.lower() not in _HOP_HEADERS}
+        connection.request(handler.command, handler.path, body=body, headers=headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP_HEADERS]
+        if handler.command != "HEAD" and not any(name.lower() == "content-length" for name, _ in kept):
+            kept.append(("content-length", str(len(data))))
+        return answer.status, kept, data
+    finally:
+        connection.close()
