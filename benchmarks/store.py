@@ -6,7 +6,7 @@ A store of random float16 activations with SmolLM2-135M's layout (30 layers of w
 shuffled batches, as a plain numpy memory map in order, and as shuffled blocks through `zarr.Array`, with equally many
 threads; from the page cache and cold (`posix_fadvise(DONTNEED)`), as stored and decoded to float32. The memory map is
 copied (or decoded) into memory of 2,048 rows that is used again. Rates are of stored bytes. Kinds alternate; a ratio is
-the median of those of the rounds. Needs the store's size twice in `--folder` and, to be read from the page cache, once in
+the median of those of the rounds. Needs the store's size twice in `--folder`, and, to read from the page cache, once in
 memory.
 """
 
