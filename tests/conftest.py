@@ -1,6 +1,7 @@
 """Settings and fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,13 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when triton is first imported, which torch.optim does: its kernels then run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    """A command that a test runs in this process sets its own number of threads, and sums depend on it."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
