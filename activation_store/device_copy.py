@@ -14,17 +14,17 @@ class DeviceCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Copies in flight: what they read from must not be used again before.
         self._flying: deque[tuple[torch.cuda.Event, Sequence[Encoded]]] = deque()
 
     def copy(self, parts: Sequence[Encoded], *, decoded: bool) -> list[Encoded]:
         """Begins to copy parts from pinned memory, and to decode them there if wanted; returns at once."""
-        while self._flying and self._flying[0][0].query():
+        while self._flying and self._flying[0][0].query():  # type: ignore[no-untyped-call]
             self._flying.popleft()
         with torch.cuda.stream(self._stream):
             there = [self._moved(part) for part in parts]
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             if decoded:
                 there = [Encoded(decode(part)) for part in there]
             event.record(self._stream)
