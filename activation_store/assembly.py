@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from activation_store.buffers import Buffers
+from activation_store.files import Pieces
 from activation_store.layout import ArrayLayout
 from activation_store.order import Pool, PoolPart, ShuffleOrder
-from activation_store.shards import Pieces, ShardFile
+from activation_store.shards import ShardFile
 from activation_store.store import ActivationStore
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]

@@ -1,13 +1,12 @@
 """The end of a store in the making: counts, final statistics and status, once all its windows are committed."""
 
-from pathlib import Path
-
 from activation_store.layout import create_zarr
 from activation_store.manifest import COMPLETE, StoreManifest, count_documents, read_commits
+from activation_store.places import Place
 from activation_store.store import ActivationStore
 
 
-def complete_store(folder: Path, manifest: StoreManifest) -> None:
+def complete_store(folder: Place, manifest: StoreManifest) -> None:
     """Sets the rest of `manifest` from the commits and publishes it, after which the store is complete.
 
     Raises UserError if no row of the store would be trained on.

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,10 +159,10 @@ class ObjectStorage:
         parts = []
         for first in range(start, stop, _REQUEST_BYTES):
             last = min(stop, first + _REQUEST_BYTES)
-            parts.append(self._request(key, lambda _, a=first, b=last: self._range(key, a, b)))
+            parts.append(self._request(key, partial(self._range, key, first, last)))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _range(self, key: str, start: int, stop: int) -> bytes:
+    def _range(self, key: str, start: int, stop: int, _attempt: int) -> bytes:
         data = bytes(obstore.get_range(self._store, key, start=start, end=stop))
         if len(data) != stop - start:
             raise TransientError(f"{self.url}/{key}: {len(data)} bytes came of {stop - start}")
@@ -249,7 +250,8 @@ def _connect(url: str, options: dict[str, str]) -> Any:
         client["allow_http"] = True
     # Retries are ours: a conditional request may only be repeated by who knows what its answer then means.
     try:
-        return from_url(url, config=options, client_options=client, retry_config={"max_retries": 0})
+        connect: Any = from_url
+        return connect(url, config=options, client_options=client, retry_config={"max_retries": 0})
     except UnknownConfigurationKeyError as error:
         raise UserError(f"store.storage_options: {_reason(error)}") from error
     except BaseError as error:

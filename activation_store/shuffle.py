@@ -25,7 +25,7 @@ from activation_store.store import ActivationStore
 
 _POLL_SECONDS = 0.1
 # Batches that the readers are ahead of the one that is being finished.
-_READ_AHEAD = 1
+_READ_AHEAD = 3
 
 
 class ShuffledBatches(Iterator[ActivationBatch]):
@@ -84,7 +84,7 @@ class ShuffledBatches(Iterator[ActivationBatch]):
         ready = max(1, prefetch_bytes // self._batch_bytes())
         self._queue: queue.Queue[ActivationBatch | BaseException] = queue.Queue(maxsize=ready)
         # As many as a pool reaches over, plus what is being read and filled, and what waits as stored.
-        held = -(-pool_rows // batch_size_tokens) + 4 + (0 if decoded else ready + 2)
+        held = -(-pool_rows // batch_size_tokens) + _READ_AHEAD + 3 + (0 if decoded else ready + 2)
         self._buffers = Buffers(pinned=self._copier is not None)
         self._outputs = Buffers()
         self._executor = ThreadPoolExecutor(max(1, threads), thread_name_prefix="store-worker")
@@ -213,6 +213,12 @@ def _decode_parallel(parts: Sequence[Encoded], outs: Sequence[Tensor], executor:
 def _decode_layer(encoded_BD: Encoded, out_BD: Tensor) -> None:
     """In pieces that stay in the processor's cache and that torch does not split over threads of its own."""
     step = max(1, SERIAL_ELEMENTS // out_BD.shape[1])
-    scales = [None] * -(-len(out_BD) // step) if encoded_BD.scale is None else encoded_BD.scale.split(step)
-    for values, scale, out in zip(encoded_BD.values.split(step), scales, out_BD.split(step), strict=True):
+    pieces = zip(_split(encoded_BD.values, step), _split(out_BD, step), strict=True)
+    for number, (values, out) in enumerate(pieces):
+        scale = None if encoded_BD.scale is None else encoded_BD.scale[number * step : (number + 1) * step]
         decode(Encoded(values, scale), out)
+
+
+def _split(x: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Pieces of `step` rows, in one call: a slice for each would take as long as decoding it."""
+    return x.split(step)  # type: ignore[no-untyped-call, no-any-return]

@@ -117,7 +117,7 @@ def _commits(folder: Path, report: VerifyReport) -> list[Commit]:
         try:
             commits.append(Commit.load(path))
         except FileNotFoundError:
-            report.found.append(Damage(folder, str(path.relative_to(folder)), window, "missing"))
+            report.found.append(Damage(folder, f"{path.parent.name}/{path.name}", window, "missing"))
         except DamagedRecordError as error:
-            report.found.append(Damage(folder, str(path.relative_to(folder)), window, error.reason))
+            report.found.append(Damage(folder, f"{path.parent.name}/{path.name}", window, error.reason))
     return commits

@@ -18,7 +18,7 @@ from activation_store.manifest import (
 )
 from activation_store.pipeline import Ahead, Behind, WorkTimes
 from activation_store.progress import Progress
-from activation_store.storage import LocalStorage
+from activation_store.storage import Storage
 from activation_store.windows import WINDOWS, Part, WindowRecord, Windows, WindowText, row_order
 from activation_store.writer import WindowRows, WindowWriter
 
@@ -33,7 +33,7 @@ class PartWork:
 
     part: Part
     manifest: StoreManifest
-    storage: LocalStorage
+    storage: Storage
     windows: Windows
     writer: WindowWriter
 

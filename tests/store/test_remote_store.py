@@ -111,7 +111,7 @@ def test_a_faulty_server_changes_no_batch(copied: tuple[ActivationStore, str], p
         ShuffledBatches(remote, batch_size_tokens=8, pool_rows=16, threads=4) as ours,
         ShuffledBatches(local, batch_size_tokens=8, pool_rows=16) as theirs,
     ):
-        for mine, other in zip(islice(ours, 4), theirs, strict=False):
+        for mine, other in zip(islice(ours, 2), theirs, strict=False):
             assert torch.equal(mine.rows, other.rows)
             assert torch.equal(mine.mlp_in, other.mlp_in)
     assert proxy.faults > 3

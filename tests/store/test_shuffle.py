@@ -159,7 +159,7 @@ def test_saved_used_rows_are_those_of_a_scan(tmp_path: Path) -> None:
     scanned = store.used_rows()
     store.used.save(tmp_path)
     loaded = ActivationStore.open(tmp_path)
-    assert isinstance(loaded.used.bits, np.memmap)
+    assert isinstance(loaded.used.bits.base, np.memmap)
     np.testing.assert_array_equal(loaded.used_rows(), scanned)
     np.testing.assert_array_equal(loaded.used_rows(5, 70), scanned[5:70])
     # Of another store, or cut short: found anew.
