@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec
+from zarr.codecs import BloscCname, BloscCodec, BytesCodec
 from zarr.storage import MemoryStore
 
 from activation_store.atomic import fsync_file
@@ -180,5 +180,5 @@ def _compressors(array: ArrayLayout) -> list[BloscCodec] | None:
         return None
     level = COMPRESSION_LEVELS[array.compression]
     size = array.dtype.itemsize
-    cname = array.compression.value
+    cname = BloscCname(array.compression.value)
     return [BloscCodec(typesize=size, cname=cname, clevel=level, shuffle="bitshuffle", blocksize=0)]

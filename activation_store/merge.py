@@ -253,7 +253,7 @@ class _Merge:
             before, after = commit.start_row // shard_rows + number, start_row // shard_rows + number
             for array in self._others:
                 record = commit.files[array.shard_key(before)]
-                self._link(Path(store.path) / array.shard_key(before), self._output / array.shard_key(after))
+                self._link(Path(str(store.path)) / array.shard_key(before), self._output / array.shard_key(after))
                 files[array.shard_key(after)] = record
                 self._progress.advance(record.bytes)
             filled = min(shard_rows, commit.rows - number * shard_rows)

@@ -194,7 +194,7 @@ class ObjectStorage:
         if any(word in reason for word in _METADATA) or "credential" in reason.lower():
             return UserError(
                 f"{self.url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "(gs: GOOGLE_APPLICATION_CREDENTIALS; a public bucket: store.storage_options.skip_signature=true)"
+                "(gs: GOOGLE_APPLICATION_CREDENTIALS; a public bucket: the option skip_signature)"
             )
         status = re.search(r"status code: (\d+)", reason)
         if status is None and "HTTP error" not in reason:
@@ -241,7 +241,7 @@ def _connect(url: str, options: dict[str, str]) -> Any:
     for key in options:
         if any(word in key.lower() for word in _SECRETS):
             raise UserError(
-                f"store.storage_options.{key} is a secret, and configs are written beside checkpoints; give it by an "
+                f"the option {key} is a secret, and configs are written beside checkpoints; give it by an "
                 "environment variable (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
             )
     endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
@@ -253,7 +253,7 @@ def _connect(url: str, options: dict[str, str]) -> Any:
         connect: Any = from_url
         return connect(url, config=options, client_options=client, retry_config={"max_retries": 0})
     except UnknownConfigurationKeyError as error:
-        raise UserError(f"store.storage_options: {_reason(error)}") from error
+        raise UserError(f"options of {url}: {_reason(error)}") from error
     except BaseError as error:
         raise UserError(f"store.path={url}: {_reason(error)}; give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from error
 

@@ -39,9 +39,7 @@ class Retries:
                 first_failure = first_failure if attempt else now
                 left = first_failure + self.seconds - now
                 if left <= 0:
-                    raise StorageError(
-                        f"{error} (tried {attempt + 1} times in {self.seconds:g} s; store.retry_seconds sets how long)"
-                    ) from error
+                    raise StorageError(f"{error} (tried {attempt + 1} times in {self.seconds:g} s)") from error
             # By chance, so that many workers do not come back at once. This order is nobody's result.
             time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(2 * pause, self.longest_pause)

@@ -51,7 +51,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise UserError(f"{verb} is not a verb; {did_you_mean(verb, VERBS)}the verbs are: {', '.join(VERBS)}")
     if not verb and not (parsed.help or parsed.version):
         raise UserError(f"no verb given; the verbs are: {', '.join(VERBS)} (see: layerloom --help)")
-    action, folders = "", ()
+    action = ""
+    folders: tuple[str, ...] = ()
     if verb == "store" and not parsed.help:
         action, folders, words = _store_words(words)
     return Arguments(

@@ -52,7 +52,9 @@ def round_to_bfloat16(values: Tensor, random_16: Tensor) -> Tensor:
 
     Added to the 16 bits of the mantissa that go, they carry into those that stay with the right probability.
     """
-    return (values.view(torch.int32) + random_16).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    bits = (values.view(torch.int32) + random_16).bitwise_right_shift_(16).to(torch.int16)
+    # CUDA's NaN has all bits set: the carry would make it -0.
+    return bits.view(torch.bfloat16).masked_fill_(values.isnan(), torch.nan)
 
 
 def _signed(word: int) -> int:

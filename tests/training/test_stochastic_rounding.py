@@ -80,3 +80,10 @@ def test_what_bfloat16_has_stays() -> None:
     rounded = round_to_bfloat16(exact, torch.full((8,), 65_535, dtype=torch.int32)).float()
     assert torch.equal(rounded[:7], exact[:7])
     assert bool(rounded[7].isnan())
+
+
+def test_nan_stays_whatever_its_bits() -> None:
+    """CUDA's has all bits set, a carry of which would leave -0."""
+    nans = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, -0x400000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert bool(round_to_bfloat16(nans, torch.full((5,), 65_535, dtype=torch.int32)).isnan().all())
+    assert bool(round_to_bfloat16(nans, torch.zeros(5, dtype=torch.int32)).isnan().all())
