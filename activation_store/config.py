@@ -4,7 +4,7 @@ Plain typed dataclasses, registered as schemas in Hydra's ConfigStore by `launch
 that `layerloom --help` is quick. Rules across fields live in `launch.validate`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -82,6 +82,32 @@ class SubjectConfig:
     cache_dir: str = ""
 
 
+class ChatSpecialTokens(StrEnum):
+    """Whether rows of a chat's special tokens (such as the marks of turns) are trained on."""
+
+    mask = "mask"
+    keep = "keep"
+
+
+@dataclass(kw_only=True, slots=True)
+class TextSource:
+    """One of several texts that are mixed. The keys that `text` has too mean the same here."""
+
+    path: str = ""
+    # Share of this source among all documents, beside those of the others.
+    weight: float = 1.0
+    # What the source is called in names of documents and counts; empty: the last part of its path.
+    label: str = ""
+    loader: Loader = Loader.auto
+    name: str = ""
+    split: str = "train"
+    revision: str = "main"
+    streaming: bool = True
+    column: str = "text"
+    chat: bool = False
+    license: str = ""
+
+
 @dataclass(kw_only=True, slots=True)
 class TextConfig:
     """The documents that the subject reads, how they are cut into contexts, and which are held out."""
@@ -98,6 +124,12 @@ class TextConfig:
     streaming: bool = True
     # Column that holds the text of a document.
     column: str = "text"
+    # `column` holds conversations, lists of {role, content}, which the subject's chat template writes out.
+    chat: bool = False
+    # Rows of special tokens in chats are left out of training as in any text, or kept (all but BOS and padding).
+    chat_special_tokens: ChatSpecialTokens = ChatSpecialTokens.mask
+    # A mixture of texts instead of the one of `path`: [{path: a/, weight: 3}, {path: b.jsonl, weight: 1}].
+    sources: list[TextSource] = field(default_factory=list)
     # Order of the documents: a function of this seed (streams shuffle within `shuffle_buffer` documents).
     seed: int = 0
     shuffle_buffer: int = 10_000

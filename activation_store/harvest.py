@@ -14,6 +14,7 @@ import torch
 
 from activation_store.atomic import free_bytes
 from activation_store.blocks import BlockRunner, measure_rate
+from activation_store.chat import untrained_token_ids
 from activation_store.claims import CLAIMS, PATIENCE, Claims
 from activation_store.compare import config_differences
 from activation_store.config import StoreConfig, SubjectConfig, TextConfig
@@ -193,7 +194,7 @@ def _manifest(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> StoreManife
         part=part.name,
         subject=plan.info.to_dict() | {"asked_revision": plan.subject.revision},
         bos_token_id=hooks.subject.bos_token_id,
-        special_token_ids=sorted(hooks.subject.special_token_ids),
+        special_token_ids=untrained_token_ids(hooks.subject, plan.text),
         input_hook=plan.store.input_hook.value,
         layers=list(plan.layers),
         d_model=plan.info.d_model,

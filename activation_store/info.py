@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+from activation_store.completion import count_sources
 from activation_store.manifest import Commit, StoreManifest, count_documents, read_commits
 from activation_store.progress import human_bytes
 from activation_store.store import ActivationStore
@@ -13,7 +14,7 @@ def store_info(path: Path | str) -> str:
     """A page about a store, complete or not. Raises UserError if `path` is not a store."""
     store = ActivationStore.open(path, allow_incomplete=True)
     commits = list(read_commits(store.path))
-    lines = [*_described(store, commits), *_made(store), *_scaled(store)]
+    lines = [*_described(store, commits), *_made(store, commits), *_scaled(store)]
     for folder in store_folders(path)[1:]:
         held_out = ActivationStore.open(folder, allow_incomplete=True)
         lines.append(f"held out    {held_out.manifest.status}, {held_out.n_rows:,} rows in {folder.name}/")
@@ -45,12 +46,13 @@ def _on_disk(commits: list[Commit], compression: str) -> list[str]:
     return [f"on disk     {total}", *([f"            {arrays}"] if arrays else [])]
 
 
-def _made(store: ActivationStore) -> list[str]:
+def _made(store: ActivationStore, commits: list[Commit]) -> list[str]:
     m = store.manifest
     return [
         f"subject     {m.subject['path']} ({m.subject['architecture']}, {m.subject['dtype']})",
         f"            {m.subject['provenance']}",
         *_texts(m),
+        *_sources(m, commits),
         "made with   " + ", ".join(f"{name} {value}" for name, value in m.provenance.items()),
     ]
 
@@ -59,12 +61,28 @@ def _texts(m: StoreManifest) -> list[str]:
     """The text, or those of a merged store with the rows and documents of each."""
     contexts = f"contexts of {m.text['context_length']} tokens"
     if "merged" not in m.config:
-        return [f"text        {m.text['path']}, {contexts}, seed {m.text['seed']}"]
+        sources = m.text.get("sources")
+        what = f"a mixture of {len(sources)} sources" if sources else m.text["path"]
+        return [f"text        {what}, {contexts}, seed {m.text['seed']}"]
     lines = [f"text        {len(m.config['merged'])} sources, merged; {contexts}"]
     for source in m.config["merged"]:
         share = source["rows"] / max(1, m.rows)
         counts = f"{source['rows']:,} rows ({share:.1%}), {source['documents']:,} documents"
         lines.append(f"            {source['text']['path']}, seed {source['text']['seed']}: {counts}")
+    return lines
+
+
+def _sources(m: StoreManifest, commits: list[Commit]) -> list[str]:
+    """Rows and documents of each source of a mixture, as committed so far; what became of chats' special tokens."""
+    total = max(1, sum(commit.rows for commit in commits))
+    lines = [
+        f"            {source['label']}: {source['rows']:,} rows ({source['rows'] / total:.1%}), "
+        f"{source['documents']:,} documents"
+        for source in count_sources(m, commits)
+    ]
+    if m.text.get("chat") or any(source["chat"] for source in m.text.get("sources", [])):
+        done = "kept" if m.text["chat_special_tokens"] == "keep" else "masked"
+        lines.append(f"            chats by the subject's template, special tokens {done}")
     return lines
 
 

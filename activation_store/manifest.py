@@ -81,6 +81,8 @@ class StoreManifest:
     # [first row in the arrays, rows] of each window, in order.
     blocks: list[list[int]] = field(default_factory=list)
     statistics: ScalingStatistics | None = None
+    # Of a mixture, {label, rows, documents} of each source.
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def layout(self) -> StoreLayout:

@@ -14,7 +14,17 @@ import torch
 
 from activation_store.claims import PATIENCE, Claims
 from activation_store.compare import config_differences
-from activation_store.config import BosRule, Dtype, InputHook, Loader, StoreConfig, SubjectConfig, TextConfig
+from activation_store.config import (
+    BosRule,
+    ChatSpecialTokens,
+    Dtype,
+    InputHook,
+    Loader,
+    StoreConfig,
+    SubjectConfig,
+    TextConfig,
+    TextSource,
+)
 from activation_store.errors import UserError
 from activation_store.harvest import harvest
 from activation_store.manifest import (
@@ -114,7 +124,13 @@ def stored_configs(folder: Path, places: Places) -> tuple[SubjectConfig, TextCon
 
 
 def _text_config(values: dict[str, Any]) -> TextConfig:
-    return TextConfig(**values | {"loader": Loader(values["loader"])})
+    sources = [TextSource(**source | {"loader": Loader(source["loader"])}) for source in values["sources"]]
+    kinds = {
+        "loader": Loader(values["loader"]),
+        "chat_special_tokens": ChatSpecialTokens(values["chat_special_tokens"]),
+        "sources": sources,
+    }
+    return TextConfig(**values | kinds)
 
 
 def _store_config(values: dict[str, Any], folder: Path) -> StoreConfig:

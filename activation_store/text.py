@@ -13,8 +13,10 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
+from activation_store.chat import Messages, messages_of
 from activation_store.config import Loader, TextConfig
 from activation_store.errors import UserError
+from activation_store.mixture import Mixture, source_texts
 from activation_store.packages import PACKAGE_PREFIX, resolve_package_path
 
 _ENDINGS = {
@@ -37,6 +39,8 @@ class Document:
     index: int
     text: str
     name: str
+    # Of a chat, whose `text` is empty.
+    messages: Messages | None = None
 
 
 class DocumentSource(Protocol):
@@ -83,6 +87,8 @@ def stream_documents(cfg: TextConfig, *, held_out: bool, start: int = 0) -> Iter
 
 def text_fingerprint(cfg: TextConfig) -> str:
     """`open_documents(cfg).fingerprint`, without reading a document. Raises UserError for files that are not there."""
+    if cfg.sources:
+        return _mixture(cfg).fingerprint
     files = None if cfg.loader is Loader.hub else _local_files(cfg)
     return _hub_fingerprint(cfg) if files is None else _files_fingerprint(files)
 
@@ -92,9 +98,10 @@ def check_documents(cfg: TextConfig) -> None:
 
     Raises UserError for a stream that cannot be reached, has another column, or no more documents than are held out.
     """
-    source = open_documents(cfg)
-    if isinstance(source, _HubStream):
-        source.check()
+    for text in source_texts(cfg) or [cfg]:
+        source = open_documents(text)
+        if isinstance(source, _HubStream):
+            source.check()
 
 
 def _too_few(cfg: TextConfig, count: int | None) -> str:
@@ -107,12 +114,21 @@ def _too_few(cfg: TextConfig, count: int | None) -> str:
     )
 
 
+def _mixture(cfg: TextConfig) -> Mixture:
+    texts = source_texts(cfg)
+    return Mixture(cfg, [open_documents(text) for text in texts], texts)
+
+
 def _find_source(cfg: TextConfig) -> DocumentSource:
+    if cfg.sources:
+        return _mixture(cfg)
     files = None if cfg.loader is Loader.hub else _local_files(cfg)
     if files is None:
         return _HubStream(cfg) if cfg.streaming else _hub_table(cfg)
     loader = _loader_of(cfg, files)
     if loader is Loader.text:
+        if cfg.chat:
+            raise UserError(f"text.path={cfg.path} is plain text and text.chat=true wants a column of messages")
         return _TextFiles(cfg, files)
     return _local_table(cfg, loader, files)
 
@@ -213,7 +229,7 @@ class _Table:
         for index in range(*slice(start, stop).indices(len(self._order))):
             row = int(self._order[index])
             name = f"{self._row_name} row {row}"
-            yield Document(index, _text_of(self._cfg, self._table[row], name), name)
+            yield _document(self._cfg, self._table[row], index, name)
 
 
 def _local_table(cfg: TextConfig, loader: Loader, files: list[Path]) -> _Table:
@@ -271,7 +287,7 @@ class _HubStream:
         if row is None:
             raise UserError(_too_few(self._cfg, None))
         _check_column(self._cfg, list(row))
-        _text_of(self._cfg, row, f"{self._cfg.path} document {self._cfg.held_out_documents}")
+        _document(self._cfg, row, 0, f"{self._cfg.path} document {self._cfg.held_out_documents}")
 
 
 def _read_stream(cfg: TextConfig, stream: IterableDataset, start: int, stop: int | None) -> Iterator[Document]:
@@ -279,7 +295,7 @@ def _read_stream(cfg: TextConfig, stream: IterableDataset, start: int, stop: int
     for index, row in enumerate(islice(_scattered(cfg, stream), start, stop), start):
         _check_column(cfg, list(row))
         name = f"{cfg.path} document {index}"
-        yield Document(index, _text_of(cfg, row, name), name)
+        yield _document(cfg, row, index, name)
 
 
 def _scattered(cfg: TextConfig, stream: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -306,6 +322,12 @@ def _check_column(cfg: TextConfig, columns: list[str]) -> None:
         raise UserError(
             f"text.column={cfg.column} is not a column of {cfg.path}; the columns are {', '.join(sorted(columns))}"
         )
+
+
+def _document(cfg: TextConfig, row: dict[str, Any], index: int, name: str) -> Document:
+    if cfg.chat:
+        return Document(index, "", name, messages_of(row[cfg.column], cfg.column, name))
+    return Document(index, _text_of(cfg, row, name), name)
 
 
 def _text_of(cfg: TextConfig, row: dict[str, Any], name: str) -> str:

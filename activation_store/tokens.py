@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from activation_store.chat import chat_token_ids
 from activation_store.text import Document
 
 
@@ -101,8 +102,7 @@ def pack_tokens(
 def _pieces(
     document: Document, tokenizer: PreTrainedTokenizerBase, body: int, bos_token_id: int | None, at_most: int
 ) -> list[_Piece]:
-    # verbose=False: a document longer than the model's window is what we cut up, not something to warn of.
-    ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _token_ids(document, tokenizer, bos_token_id)
     starts = list(range(0, len(ids), body))
     full = len(ids) // body
     if at_most and full >= at_most:
@@ -111,6 +111,15 @@ def _pieces(
         starts = starts[:at_most]
     bos = [] if bos_token_id is None else [bos_token_id]
     return [_Piece(document.index, start // body, bos + ids[start : start + body]) for start in starts]
+
+
+def _token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None) -> list[int]:
+    """Without BOS."""
+    if document.messages is not None:
+        return chat_token_ids(document.messages, tokenizer, bos_token_id=bos_token_id, name=document.name)
+    # verbose=False: a document longer than the model's window is what we cut up, not something to warn of.
+    ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _to_tensors(rows: list[list[_Piece]], context_length: int) -> PackedContexts:

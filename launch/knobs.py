@@ -74,6 +74,9 @@ def _describe_type(kind: Any) -> tuple[str, tuple[str, ...]]:
         return " or ".join(names), ()
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind.__name__, tuple(member.name for member in kind)
+    if typing.get_origin(kind) is list and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+        names = [field.name for field in dataclasses.fields(typing.get_args(kind)[0])]
+        return f"list of {{{', '.join(names)}}}", ()
     return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)), ()
 
 

@@ -35,6 +35,11 @@ def _text(config: LayerloomConfig) -> Iterator[str]:
             f"store.held_out_tokens={config.store.held_out_tokens} with text.held_out_documents=0: hold out some "
             "documents, or set store.held_out_tokens=0 for no evaluation during training"
         )
+    for source in text.sources:
+        if not source.path:
+            yield "text.sources: a source has no path; give each one {path: ..., weight: ...}"
+        elif not source.weight > 0:
+            yield f"text.sources: {source.path} has weight={source.weight}; want a number above 0, or leave it out"
     yield from _at_least(text, "text", {"held_out_documents": 0, "contexts_per_document": 0})
     yield from _at_least(text, "text", {"documents_per_block": 1, "shuffle_buffer": 1})
 
