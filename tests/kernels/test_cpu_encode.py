@@ -151,6 +151,17 @@ def test_huge_and_tiny_values() -> None:
     assert rows_of(found) == rows_of(truth)
 
 
+def test_numbers_whose_squares_are_lost() -> None:
+    """Weights of 1e-22, orthogonal to x but for a rank: their rounding errors decide, and have squares of zero."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, generator=g).bfloat16().double()
+    weight = torch.randn(700, 64, generator=g).double()
+    along = torch.linspace(1e-4, 1e-2, 700).double()[:, None] - weight @ x.t()
+    weight = (weight + along * x / x.square().sum()) * 1e-22
+    found = encode_topk(x.float(), weight.float(), torch.zeros(700), 5, None, F32)
+    assert rows_of(found) == [[695, 696, 697, 698, 699]]
+
+
 def test_rows_without_positive_entries() -> None:
     x, weight, bias = integers(70, 400, 3)
     bias[:] = -1000

@@ -39,6 +39,8 @@ _BLOCK_VALUES = 2**20
 _BLOCK_ROWS = (32, 256)
 # Rows of one part of the error norms.
 _ROWS = 64
+# What a number may be of which float32 loses the square, or bf16 units the number itself.
+_LOST = np.float32(2**-62)
 
 
 @functools.cache
@@ -132,4 +134,5 @@ def _norm_and_error(row: Vector, bits: Any) -> Any:
         difference = row[c] - bfloat16_to_float32(bits[c])
         norm += row[c] * row[c]
         error += difference * difference
-    return np.sqrt(norm), np.sqrt(error)
+    lost = _LOST * np.sqrt(np.float32(row.shape[0]))
+    return np.sqrt(norm) + lost, np.sqrt(error) + lost

@@ -172,7 +172,7 @@ def _possible(
             score = bfloat16_to_float32(row[f]) + bias[f]
             if has_norm:
                 score *= norm[f]
-            if not score + _OUTPUT_ERROR * score + errors[g] < bound:
+            if not score + _OUTPUT_ERROR * abs(score) + errors[g] < bound:
                 if n < room:
                     ids[n] = f
                 n += 1
