@@ -66,7 +66,7 @@ class MixtureOrder:
 
 
 @lru_cache(maxsize=64)
-def _cycle(quotas: tuple[int, ...], seed: int, start: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _cycle(quotas: tuple[int, ...], seed: int, start: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
     """The source of each document of a cycle, and how many of the same source come before it there."""
     sources = np.random.default_rng([seed, 2, start, cycle]).permutation(np.repeat(np.arange(len(quotas)), quotas))
     numbers = np.empty_like(sources)
