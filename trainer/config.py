@@ -230,14 +230,27 @@ class TrainConfig:
     fresh: bool = False
 
 
+class DecoderSplit(StrEnum):
+    """How decoders lie on the feature axis: `columns`, each rank its part of d_model of every feature (sparse codes
+    travel); `rows`, each rank its own features' decoders whole (reconstructions are summed); `auto`: whichever moves
+    fewer bytes, decided before step 1 and logged.
+    """
+
+    auto = "auto"
+    columns = "columns"
+    rows = "rows"
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """Sizes of the device mesh's axes. This version trains on one device; other sizes are refused."""
+    """The device mesh. Processes (one a device, started by torchrun or srun) number data * feature."""
 
     # Ranks of the data axis (each sees its share of a batch) and of the feature axis (each holds its share of the
     # features).
     data: int = 1
     feature: int = 1
+    # How decoders are split over the feature axis. A change goes through a checkpoint.
+    decoder_split: DecoderSplit = DecoderSplit.auto
 
 
 class EngineKind(StrEnum):

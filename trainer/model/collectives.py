@@ -24,6 +24,37 @@ class Partition:
     column_dim: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Partitioning:
+    """Which part of every parameter a rank of the feature axis holds: its equal part of the split dim.
+
+    by_columns: decoders are split by the columns of d_model, else by features (rows).
+    """
+
+    size: int = 1
+    rank: int = 0
+    by_columns: bool = True
+
+    def split_dim(self, partition: Partition) -> int | None:
+        """The dim that is split; None: every rank holds the whole."""
+        if self.by_columns and partition.column_dim is not None:
+            return partition.column_dim
+        return partition.feature_dim
+
+    def part(self, length: int) -> slice:
+        """This rank's part of a dim of that length, which the size divides."""
+        each = length // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def local(self, tensor: Tensor, partition: Partition) -> Tensor:
+        """This rank's part of a whole parameter, a view."""
+        dim = self.split_dim(partition)
+        if dim is None or self.size == 1:
+            return tensor
+        part = self.part(tensor.shape[dim])
+        return tensor.narrow(dim, part.start, part.stop - part.start)
+
+
 class Collectives(Protocol):
     """Sums and exchanges over the device mesh. Each is differentiable where its argument is."""
 
