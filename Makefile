@@ -9,7 +9,8 @@ ARGS ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Errors alone: warnings about the places that pip's own settings name would fill the screen.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.layerloom-ready
 TEST_READY := $(VENV)/.layerloom-test-ready
 

@@ -87,8 +87,8 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
-        elif time.monotonic() - self._printed >= _LINE_SECONDS:
-            self._print_line()
+        elif self.done < self.total and time.monotonic() - self._printed >= _LINE_SECONDS:
+            self._print_line()  # the last line is that of `close`
 
     def close(self) -> None:
         """Ends the bar, or prints the last line."""

@@ -68,6 +68,17 @@ def test_later_words_win_and_a_preset_sets_several_groups() -> None:
     assert config.run != compose_config([]).run
 
 
+def test_the_bench_does_not_depend_on_other_options() -> None:
+    """Its figures are published: other defaults must leave its config as it is."""
+    groups = ("text", "store", "model", "activation", "optim", "schedule", "eval")
+    others = ["store=float32", "model=skip_plt", "activation=jumprelu", "optim=adam_bf16", "schedule=cosine"]
+    others += ["subject=smollm2_hub", "eval=thorough", "train=bf16"]
+    alone = compose_config(["preset=bench_smollm2_6l"])
+    among_others = compose_config([*others, "preset=bench_smollm2_6l"])
+    assert [name for name in groups if getattr(alone, name) != getattr(among_others, name)] == []
+    assert (alone.train, alone.subject.path) == (among_others.train, among_others.subject.path)
+
+
 def test_a_subject_may_choose_the_hook_that_it_needs() -> None:
     assert compose_config(["subject=pythia_70m"]).store.input_hook is InputHook.mlp_in
     assert compose_config(["subject=pythia_70m", "store=float32"]).store.input_hook is InputHook.mlp_in

@@ -93,6 +93,7 @@ def test_progress_lines_have_rate_and_time_left(monkeypatch: pytest.MonkeyPatch)
         now += 29.5
         bar.advance(590)
         now += 2.0
+    assert len(stream.getvalue().splitlines()) == 2  # the end is told once
     assert stream.getvalue().splitlines()[-1] == "harvest: 100% (1k/1k tok), 19 tok/s, took 42 s, layer 3"
 
 
