@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class ShuffledBatches(Iterator[ActivationBatch]):
             raise UserError(f"store {store.path} has no row to train on (of {store.n_rows}); harvest more text")
         self._store, self._decoded = store, decoded
         self._columns = store.columns(layers)
-        self._share = batch_size_tokens // ranks
+        self._batch_tokens, self._share = batch_size_tokens, batch_size_tokens // ranks
         chunk_rows = store.layout.chunk_rows
         lanes = _lanes(batch_size_tokens, most=min(lanes, pool_rows // chunk_rows))
         self.order = ShuffleOrder(
@@ -113,6 +114,15 @@ class ShuffledBatches(Iterator[ActivationBatch]):
     def position(self) -> int:
         """The n of the batch that `next` gives next."""
         return self._position
+
+    @property
+    def epochs(self) -> float:
+        """How many epochs the batches given so far are."""
+        return self._position * self._batch_tokens / self.rows_per_epoch
+
+    def state(self) -> dict[str, Any]:
+        """What is needed besides the position to continue there: nothing."""
+        return {}
 
     def __next__(self) -> ActivationBatch:
         """The next batch. An error of the reader (a damaged shard) is raised here, again at every call."""

@@ -21,8 +21,6 @@ from activation_store.batch import ActivationBatch
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
 from activation_store.progress import Progress, human_seconds, report
-from activation_store.shuffle import ShuffledBatches
-from activation_store.store import ActivationStore
 from trainer.build import build_model, checkpoint_bytes, model_spec
 from trainer.calibrate import calibrate_thresholds
 from trainer.checkpoint import Checkpoint, Checkpointer, check_space
@@ -44,10 +42,11 @@ from trainer.reproducibility import (
     rng_state,
     seed_everything,
 )
-from trainer.rows import CalibrationRows, held_out_batches, open_training_store, store_identity
+from trainer.rows import CalibrationRows, held_out_batches
 from trainer.rules import check_run_config
 from trainer.run_folder import RunFolder, resume_command
 from trainer.schedule import Schedule, build_schedule, dead_after_tokens
+from trainer.sources import Batches, Source, open_source
 from trainer.tuned import ChosenKernels, choose_kernels
 
 # Rows from which b_enc is set when model.initial_density asks for it.
@@ -81,8 +80,8 @@ def train(config: RunConfig) -> TrainSummary:
     device = resolve_device(config.device)
     folder = RunFolder(config.run)
     folder.check(config)
-    store = open_training_store(config)
-    spec = model_spec(config.model, config.activation, store.n_layers, store.d_model)
+    source = open_source(config)
+    spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
     kernels = choose_kernels(config, spec, device)
     check_space(folder.path, n_bytes=checkpoint_bytes(spec, config.optim), keep=config.train.keep_checkpoints)
     with (
@@ -102,10 +101,11 @@ def train(config: RunConfig) -> TrainSummary:
             report(f"train: {folder.path} is complete ({resumed_from} steps); nothing to do")
         else:
             report(f"train: {kernels.line}")
+            source.prepare()
             _Run(
                 config,
                 folder=folder,
-                store=store,
+                source=source,
                 schedule=schedule,
                 checkpointer=checkpointer,
                 device=device,
@@ -135,19 +135,20 @@ class _Run:
         config: RunConfig,
         *,
         folder: RunFolder,
-        store: ActivationStore,
+        source: Source,
         schedule: Schedule,
         checkpointer: Checkpointer,
         device: torch.device,
         kernels: ChosenKernels,
     ) -> None:
-        self.config, self.folder, self.store, self.device = config, folder, store, device
+        self.config, self.folder, self.source, self.device = config, folder, source, device
+        self.store = source.reference
         self.schedule, self.checkpointer = schedule, checkpointer
         self.batch_tokens = config.train.batch_size_tokens
         self.microbatch = config.train.microbatch_tokens or self.batch_tokens
         self.dead_after_tokens = dead_after_tokens(config)
-        self.held_out = store.held_out()
-        self.store_identity = store_identity(store)
+        self.held_out = self.store.held_out()
+        self.source_state: dict[str, Any] = {}
         self.calibrated_step: int | None = None
         seed_everything(config.model.seed)
         self.model = self._build()
@@ -162,7 +163,7 @@ class _Run:
         with (
             StopRequest() as stop,
             MetricsLog(self.folder, self.config, resumed_from=step) as log,
-            self._batches(step) as batches,
+            self.source.batches(step, self.source_state, device=self.device) as batches,
             Progress(
                 "train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens
             ) as progress,
@@ -190,10 +191,10 @@ class _Run:
                     with self._continuable(saved_step), self.engine.master_weights():
                         self._evaluate(step, log)
                 if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
-                    saved_step = self._save(step, log)
+                    saved_step = self._save(step, log, batches)
                 progress.advance(self.batch_tokens, note=note)
             if step > saved_step:
-                self._save(step, log)
+                self._save(step, log, batches)
         if stop.requested:
             # In the last step too: what would follow training must not start.
             left = f"continue with `{resume_command(self.folder.path)}`" if step < last_step else "training is complete"
@@ -206,21 +207,6 @@ class _Run:
             rows = next(iter(self._calibration_rows(_INITIAL_ROWS, batch_rows=_INITIAL_ROWS)))
         return build_model(self.config, self.store.statistics(), device=self.device, initial_rows_BLD=rows)
 
-    def _batches(self, step: int) -> ShuffledBatches:
-        source = self.config.source
-        return ShuffledBatches(
-            self.store,
-            batch_size_tokens=self.batch_tokens,
-            seed=source.seed,
-            pool_rows=source.pool_rows,
-            lanes=source.lanes,
-            run_rows=source.run_rows,
-            start_batch=step,
-            prefetch_bytes=source.prefetch_bytes,
-            threads=source.threads,
-            device=self.device,
-        )
-
     def _context(self, step: int) -> StepContext:
         return StepContext(
             k=self.schedule.k(step),
@@ -231,15 +217,14 @@ class _Run:
         )
 
     def _record(
-        self, step: int, batch: ActivationBatch, loss: BatchLoss, norm: float, batches: ShuffledBatches
+        self, step: int, batch: ActivationBatch, loss: BatchLoss, norm: float, batches: Batches
     ) -> dict[str, Any]:
-        epochs = step * self.batch_tokens / batches.rows_per_epoch
         return training_record(
             step,
             batch,
             loss,
             tokens=step * self.batch_tokens,
-            epochs=epochs,
+            epochs=batches.epochs,
             lr=self.schedule.learning_rate(step),
             grad_norm=norm,
             context=self._context(step),
@@ -271,12 +256,12 @@ class _Run:
     def _calibration_rows(self, n_rows: int, *, batch_rows: int) -> CalibrationRows:
         return CalibrationRows(store=self.store, n_rows=n_rows, batch_rows=batch_rows, device=self.device)
 
-    def _save(self, step: int, log: MetricsLog) -> int:
+    def _save(self, step: int, log: MetricsLog, batches: Batches) -> int:
         """Writes the checkpoint of `step`, after the metrics up to it; returns `step`."""
         log.sync()
         state = {
             "tokens": step * self.batch_tokens,
-            "data": {"next_batch": step, "store": self.store_identity},
+            "data": {"next_batch": step, "store": self.source.identity, "source": batches.state()},
             "subject": self.store.manifest.subject,
             "layers": list(self.store.layers),
             "spec": self.model.spec.to_dict(),
@@ -288,6 +273,7 @@ class _Run:
             self.checkpointer.save(
                 step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
             )
+        self.source.checkpointed(step)
         return step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -295,11 +281,12 @@ class _Run:
         if checkpoint is None:
             return 0
         state = checkpoint.state
-        if state["data"]["store"] != self.store_identity:
+        if state["data"]["store"] != self.source.identity:
             raise UserError(
-                f"store.path={self.config.store.path} is not the store that run={self.folder.path} was trained on "
+                f"{self.source.path} is not the store that run={self.folder.path} was trained on "
                 f"until step {checkpoint.step}; give that store, or train.fresh=true to start over"
             )
+        self.source_state = state["data"].get("source", {})
         with self.engine.master_weights():
             checkpoint.load_model(self.model.state_dict())
         checkpoint.load_optimizer(self.engine.optimizer_tensors())

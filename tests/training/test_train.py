@@ -312,7 +312,7 @@ def test_another_store_is_refused_on_resume(run: RunConfig, tiny_store: RunConfi
     store.manifest.dtype = StoreDtype.bfloat16
     assert store_identity(store) != mine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.train.store_identity", lambda store: "another")
+        patch.setattr("trainer.sources.store_identity", lambda store: "another")
         with pytest.raises(UserError, match=r"is not the store that run=.* was trained on until step 10"):
             train(run)
     assert train(run).resumed_from == 10

@@ -1,0 +1,130 @@
+"""Where a run's rows come from: one small interface, so that the training loop does not care.
+
+`open_source(config)` refuses what can be refused and writes nothing; `prepare()`, in the locked run folder, makes what
+must be there before training; `reference` is a store of rows for statistics, held-out figures and calibration;
+`batches(...)` are what is trained on; `checkpointed(step)` says that a checkpoint is durable: what it does not need may
+go.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from activation_store.batch import ActivationBatch
+from activation_store.shuffle import ShuffledBatches
+from activation_store.store import ActivationStore
+from trainer.config import RunConfig
+from trainer.rows import open_training_store, store_identity
+
+
+class Batches(Protocol):
+    """An endless iterator over one rank's share of the global batches. Close it (or use `with`) to stop its threads."""
+
+    @property
+    def position(self) -> int:
+        """The n of the batch that `next` gives next."""
+
+    @property
+    def epochs(self) -> float:
+        """How often the text was gone through by the batches given so far."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resume at `position` needs besides it, as JSON: a few integers, or nothing."""
+
+    def __next__(self) -> ActivationBatch: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class Source(Protocol):
+    """Where the rows of a run come from."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def reference(self) -> ActivationStore:
+        """Statistics, held-out rows, calibration rows, subject and layers; there after `prepare`."""
+
+    @property
+    def identity(self) -> str:
+        """Another value when rows or statistics differ: what a checkpoint remembers. There after `prepare`."""
+
+    @property
+    def path(self) -> str:
+        """What to call it in an error: its setting and value."""
+
+    def prepare(self) -> None:
+        """Makes what must be there before training. The run folder exists and is locked. Raises UserError."""
+
+    def batches(
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+    ) -> Batches:
+        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start)."""
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint of `step` is durable: rows of batches before it will not be asked for again."""
+
+
+def open_source(config: RunConfig) -> Source:
+    """The source that `config.source` names. Raises UserError for one that cannot serve this run; writes nothing."""
+    return DiskSource(config)
+
+
+@dataclass(slots=True)
+class DiskSource:
+    """A complete store on disk (or at a URL)."""
+
+    config: RunConfig
+    reference: ActivationStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference = open_training_store(self.config)
+
+    @property
+    def n_layers(self) -> int:
+        return self.reference.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.reference.d_model
+
+    @property
+    def identity(self) -> str:
+        return store_identity(self.reference)
+
+    @property
+    def path(self) -> str:
+        return f"store.path={self.config.store.path}"
+
+    def prepare(self) -> None:
+        """Everything is there."""
+
+    def batches(
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+    ) -> ShuffledBatches:
+        source = self.config.source
+        return ShuffledBatches(
+            self.reference,
+            batch_size_tokens=self.config.train.batch_size_tokens,
+            seed=source.seed,
+            pool_rows=source.pool_rows,
+            lanes=source.lanes,
+            run_rows=source.run_rows,
+            rank=rank,
+            ranks=ranks,
+            start_batch=position,
+            prefetch_bytes=source.prefetch_bytes,
+            threads=source.threads,
+            device=device,
+        )
+
+    def checkpointed(self, step: int) -> None:
+        """The store stays."""
