@@ -28,9 +28,9 @@ def _sleeps_on(rank: int) -> None:
 
 def test_results_errors_and_hanging_ranks(two_ranks: Processes) -> None:
     assert [(rank, int(total)) for rank, total in two_ranks.run(_sum_of_ranks, 5)] == [(0, 11), (1, 11)]
-    with pytest.raises(RankError, match="(?s)rank 1:.*rank 1 fails on purpose"):
+    with pytest.raises(RankError, match=r"(?s)rank 1:.*rank 1 fails on purpose"):
         two_ranks.run(_fails_on, 1)
     # New processes were started.
     assert [int(total) for _, total in two_ranks.run(_sum_of_ranks, 0)] == [1, 1]
-    with pytest.raises(RankError, match="no answer from ranks \\[0\\]"):
+    with pytest.raises(RankError, match=r"no answer from ranks \[0\]"):
         two_ranks.run(_sleeps_on, 0, timeout=1)

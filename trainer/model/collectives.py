@@ -110,7 +110,7 @@ class Collectives(Protocol):
         """Sum over the feature axis of what each device has of its own features (counts, penalties)."""
 
     def sum_columns(self, x: Tensor) -> Tensor:
-        """Sum over the feature axis of what each device has of its columns of y; x itself where all have all columns."""
+        """Sum over the feature axis of what each device has of its columns of y; x where all have all columns."""
 
     def sum_to_owners(self, x_F: Tensor) -> Tensor:
         """From sums over this device's columns, by feature of the whole layer (F), to those over all columns, by
@@ -165,7 +165,7 @@ class Collectives(Protocol):
         """Its way back: from this device's columns, by device that owns the features, to those of this device's."""
 
     def combine_output(self, y_BTD: Tensor) -> Tensor:
-        """Reconstruction from this device's features -> from all of them (rows); y itself where that it is (columns)."""
+        """Reconstruction from this device's features -> from all of them (rows); y itself with columns split."""
 
 
 class _Here:
