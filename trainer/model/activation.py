@@ -43,9 +43,8 @@ def select_layer(
         found = layer.select_candidates(x_BD, k * n_tokens, float("-inf"), norm_F, runtime)
         return _as_selection(found, n_tokens, layer.spec.n_features)
     if layer.log_threshold is not None:
-        theta_F = layer.log_threshold.detach().exp()
         bandwidth = layer.spec.bandwidth if torch.is_grad_enabled() else 0.0
-        return layer.select_above(x_BD, theta_F, bandwidth, max_density, runtime)
+        return layer.select_above(x_BD, layer.theta(), bandwidth, max_density, runtime)
     return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
 
 

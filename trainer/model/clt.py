@@ -171,10 +171,10 @@ class CrossLayerTranscoder(nn.Module):
         """
         source = self.source_layers[layer]
         if source.log_threshold is not None:
-            return source.log_threshold.detach().exp()
-        if self.spec.kind == "relu":
-            return torch.zeros_like(source.b_enc)
+            return source.theta()
         threshold_F = self.threshold_LF[layer]
+        if self.spec.kind == "relu":
+            return torch.zeros_like(threshold_F)
         if bool(threshold_F.isnan().any()):
             threshold_F = self.running_threshold(layer)
         if bool(threshold_F.isnan().any()):
@@ -261,8 +261,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def empty_output(self, n_tokens: int) -> Tensor:
         """(B, T, D) zeros to decode into."""
-        bias_D = self.source_layers[0].b_dec
-        return bias_D.new_zeros(n_tokens, self.spec.n_layers, bias_D.numel())
+        return self.target_scale_LD.new_zeros(n_tokens, *self.target_scale_LD.shape)
 
     @torch.no_grad()
     def reconstruct(self, mlp_in_BLD: Tensor, *, rule: str = "inference", chunk_tokens: int = 1024) -> Tensor:

@@ -4,6 +4,7 @@ Legend: B tokens, D d_model, F features, T target layers, s (span) targets of th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,23 @@ from trainer.model.runtime import Runtime
 from trainer.model.spec import ModelSpec
 
 
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A parameter of the layer as an argument: looked up inside `forward`, after what gathers it has run."""
+
+    name: str
+
+
+_W_ENC, _B_ENC, _W_DEC, _B_DEC = _Named("W_enc"), _Named("b_enc"), _Named("W_dec"), _Named("b_dec")
+_LOG_THRESHOLD, _W_SKIP = _Named("log_threshold"), _Named("W_skip")
+
+
 class SourceLayer(nn.Module):
     """Features that read layer `index` and write to the layers `targets`.
 
     Parameters: W_enc (F, D), b_enc (F), W_dec (F, span, D), b_dec (D) of target layer `index`; jumprelu: log_threshold
-    (F); skip: W_skip (D, D). Each has an attribute `partition`. Every use goes through `forward`, so that hooks
-    which gather parameters (FSDP, ZeRO-3) see it.
+    (F); skip: W_skip (D, D). Each has an attribute `partition`. Every use goes through `forward` and finds them there,
+    so that hooks which gather parameters (FSDP, ZeRO-3) come first; between uses they may be anything.
     """
 
     log_threshold: nn.Parameter | None
@@ -42,28 +54,34 @@ class SourceLayer(nn.Module):
         jumprelu = spec.kind == "jumprelu"
         self.log_threshold = _parameter(Partition(feature_dim=0), n_features) if jumprelu else None
         self.W_skip = _parameter(Partition(column_dim=0), d_model, d_model) if spec.skip else None
+        # Known also while the parameters lie elsewhere.
+        self.n_features = n_features
 
     def forward(self, operation: Callable[..., Any], *args: Any) -> Any:
-        """Run one of the operations below."""
-        return operation(*args)
+        """Run one of the operations below, on arguments of which some name parameters."""
+        return operation(*(getattr(self, arg.name) if isinstance(arg, _Named) else arg for arg in args))
+
+    @torch.no_grad()
+    def theta(self) -> Tensor:
+        """(F) thresholds of jumprelu; no gradient."""
+        theta_F: Tensor = self(torch.exp, _LOG_THRESHOLD)
+        return theta_F
 
     def pre_activations(self, x_BD: Tensor, runtime: Runtime) -> Tensor:
         """(B, F) pre-activations of scaled inputs; no gradient."""
         with torch.no_grad():
-            pre_BF: Tensor = self(pre_activations, x_BD, self.W_enc, self.b_enc, runtime.compute_dtype)
+            pre_BF: Tensor = self(pre_activations, x_BD, _W_ENC, _B_ENC, runtime.compute_dtype)
         return pre_BF
 
     def squared_norms(self, runtime: Runtime) -> Tensor:
         """(F) squared decoder norms over all targets (of the columns that this device holds)."""
-        squares_F: Tensor = self(SquaredNorms.apply, self.W_dec, runtime)
+        squares_F: Tensor = self(SquaredNorms.apply, _W_DEC, runtime)
         return squares_F
 
     @torch.no_grad()
     def select_topk(self, x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime) -> Selection:
         """The k best features of each token."""
-        found: Selection = self(
-            runtime.kernels.encode_topk, x_BD, self.W_enc, self.b_enc, k, norm_F, runtime.compute_dtype
-        )
+        found: Selection = self(runtime.kernels.encode_topk, x_BD, _W_ENC, _B_ENC, k, norm_F, runtime.compute_dtype)
         return found
 
     @torch.no_grad()
@@ -72,7 +90,7 @@ class SourceLayer(nn.Module):
     ) -> Candidates:
         """The n best entries of the microbatch."""
         found: Candidates = self(
-            runtime.kernels.encode_candidates, x_BD, self.W_enc, self.b_enc, n, floor, norm_F, runtime.compute_dtype
+            runtime.kernels.encode_candidates, x_BD, _W_ENC, _B_ENC, n, floor, norm_F, runtime.compute_dtype
         )
         return found
 
@@ -84,8 +102,8 @@ class SourceLayer(nn.Module):
         found: Selection | None = self(
             runtime.kernels.encode_jumprelu,
             x_BD,
-            self.W_enc,
-            self.b_enc,
+            _W_ENC,
+            _B_ENC,
             theta_F,
             bandwidth,
             runtime.compute_dtype,
@@ -111,12 +129,12 @@ class SourceLayer(nn.Module):
 
         gated=False ignores the threshold of jumprelu (auxiliary codes of dead features).
         """
-        codes = LayerCodes(selection.offsets, selection.feature_ids, selection.values, self.W_enc.shape[0])
-        log_threshold = self.log_threshold if gated else None
+        codes = LayerCodes(selection.offsets, selection.feature_ids, selection.values, self.n_features)
+        log_threshold = _LOG_THRESHOLD if gated else None
         values_N, count = self(
             EncodeValues.apply,
-            self.W_enc,
-            self.b_enc,
+            _W_ENC,
+            _B_ENC,
             log_threshold,
             x_BD,
             codes,
@@ -129,13 +147,13 @@ class SourceLayer(nn.Module):
         self, y_BTD: Tensor, codes: LayerCodes, x_BD: Tensor | None, runtime: Runtime, *, bias: bool = True
     ) -> Tensor:
         """y with this layer's contributions added in place (b_dec and W_skip too, unless bias=False)."""
-        b_dec, W_skip = (self.b_dec, self.W_skip) if bias else (None, None)
-        if W_skip is not None and x_BD is None:
+        b_dec, W_skip = (_B_DEC, _W_SKIP) if bias else (None, None)
+        if bias and self.W_skip is not None and x_BD is None:
             raise ValueError(
                 "a transcoder with skip decodes features together with mlp_in; give decode(features, mlp_in)"
             )
         y: Tensor = self(
-            DecodeInto.apply, y_BTD, codes.values, self.W_dec, b_dec, W_skip, x_BD, codes, self.targets, runtime
+            DecodeInto.apply, y_BTD, codes.values, _W_DEC, b_dec, W_skip, x_BD, codes, self.targets, runtime
         )
         return y
 
@@ -146,12 +164,12 @@ class SourceLayer(nn.Module):
             DenseLayer.apply,
             y_BTD,
             x_BD,
-            self.W_enc,
-            self.b_enc,
-            self.log_threshold,
-            self.W_dec,
-            self.b_dec,
-            self.W_skip,
+            _W_ENC,
+            _B_ENC,
+            _LOG_THRESHOLD,
+            _W_DEC,
+            _B_DEC,
+            _W_SKIP,
             norm_F,
             c,
             self.targets,
@@ -166,11 +184,11 @@ class SourceLayer(nn.Module):
             DenseCodes.apply,
             y_BTD,
             x_BD,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.b_dec,
-            self.W_skip,
+            _W_ENC,
+            _B_ENC,
+            _W_DEC,
+            _B_DEC,
+            _W_SKIP,
             codes,
             self.targets,
             runtime,
