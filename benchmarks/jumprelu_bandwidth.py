@@ -127,7 +127,7 @@ def train(config: RunConfig, rows: Rows, l0_target: float) -> Result:
             k=1, penalty_scale=schedule.penalty_scale(n), dead_after_tokens=2**62, lr=schedule.learning_rate(n)
         )
         start = time.perf_counter()
-        loss = engine.backward(batch, context)
+        loss = engine.backward([batch], context)
         engine.update(float(engine.gradient_norm()))
         model.record_step(loss.fired, rows.batch_tokens)
         synchronize(rows.device)

@@ -207,7 +207,7 @@ def build_step(
     context = StepContext(k=shape.k, penalty_scale=1.0, dead_after_tokens=2**62, lr=LR)
 
     def step() -> float:
-        loss = engine.backward(batch, context)
+        loss = engine.backward([batch], context)
         norm = float(engine.gradient_norm())
         if not math.isfinite(norm):
             raise RuntimeError(f"{mode.name}: the gradient's norm is {norm}")

@@ -8,12 +8,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from activation_store.atomic import read_json, write_bytes, write_json
 from activation_store.batch import ActivationBatch
@@ -28,7 +29,7 @@ from trainer.run_folder import RunFolder, config_to_dict
 @torch.no_grad()
 def training_record(
     step: int,
-    batch: ActivationBatch,
+    microbatches: Sequence[ActivationBatch],
     loss: BatchLoss,
     *,
     tokens: int,
@@ -43,14 +44,12 @@ def training_record(
     `fvu` is by the training rule, in raw units, centred per layer and dimension on this batch, mean over layers.
     """
     assert loss.residual_L is not None
-    out_BLD = batch.mlp_out
-    centred_L = (out_BLD - out_BLD.mean(dim=0)).square_().sum(dim=2).sum(dim=0).to(loss.residual_L)
-    fvu_L = loss.residual_L / centred_L
+    fvu_L = loss.residual_L / _centred_squares([batch.mlp_out for batch in microbatches]).to(loss.residual_L)
     dead_LF = model.tokens_since_active_LF >= context.dead_after_tokens
     record: dict[str, Any] = {
         "step": step,
         "tokens": tokens,
-        "epoch": batch.epoch,
+        "epoch": microbatches[0].epoch,
         "epochs": epochs,
         "lr": lr,
         "loss": loss.total.item(),
@@ -70,6 +69,12 @@ def training_record(
     else:
         record["penalty_scale"] = context.penalty_scale
     return record
+
+
+def _centred_squares(parts: Sequence[Tensor]) -> Tensor:
+    """(L) sum of squares about the mean of each layer and dimension, of rows (B, L, D) in parts."""
+    mean_LD = torch.stack([part_BLD.sum(dim=0) for part_BLD in parts]).sum(dim=0) / sum(map(len, parts))
+    return torch.stack([(part_BLD - mean_LD).square_().sum(dim=2).sum(dim=0) for part_BLD in parts]).sum(dim=0)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

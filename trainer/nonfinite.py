@@ -1,6 +1,7 @@
 """Stops at the first loss or gradient that is not finite, before it reaches a parameter, and says where it began."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,13 @@ from trainer.parallel.engine import BatchLoss, Engine
 
 
 def check_finite(
-    loss: BatchLoss, engine: Engine, model: CrossLayerTranscoder, batch: ActivationBatch, *, step: int, resume: str
+    loss: BatchLoss,
+    engine: Engine,
+    model: CrossLayerTranscoder,
+    microbatches: Sequence[ActivationBatch],
+    *,
+    step: int,
+    resume: str,
 ) -> float:
     """The gradients' norm, if it and the loss are finite.
 
@@ -25,20 +32,20 @@ def check_finite(
         return float(norm_value)
     what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradients' norm is {norm_value}"
     raise UserError(
-        f"{what} at step {step}, first in {_first_layer(loss, model, batch)}; nothing of this step was saved: "
+        f"{what} at step {step}, first in {_first_layer(loss, model, microbatches)}; nothing of this step was saved: "
         f"{resume}, or start over with a lower optim.lr (train.fresh=true)"
     )
 
 
 @torch.no_grad()
-def _first_layer(loss: BatchLoss, model: CrossLayerTranscoder, batch: ActivationBatch) -> str:
+def _first_layer(loss: BatchLoss, model: CrossLayerTranscoder, microbatches: Sequence[ActivationBatch]) -> str:
     """Where the first number that is not finite is found: rows, pre-activations, reconstruction, gradients."""
     device = model.threshold_LF.device
     for layer in range(model.spec.n_layers):
-        mlp_in_BD = batch.mlp_in[:, layer].to(device)
-        if not (_finite(mlp_in_BD) and _finite(batch.mlp_out[:, layer])):
+        inputs = [batch.mlp_in[:, layer].to(device) for batch in microbatches]
+        if not all(_finite(rows) for rows in (*inputs, *(batch.mlp_out[:, layer] for batch in microbatches))):
             return f"layer {layer} (the store's activations)"
-        if not _finite(model.pre_activations(layer, mlp_in_BD)):
+        if not all(_finite(model.pre_activations(layer, mlp_in_BD)) for mlp_in_BD in inputs):
             return f"layer {layer} (its pre-activations)"
         if not _finite(loss.mse_L[layer]):
             return f"layer {layer} (its reconstruction)"

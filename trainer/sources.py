@@ -2,8 +2,8 @@
 
 `open_source(config)` refuses what can be refused and writes nothing; `prepare()`, in the locked run folder, makes what
 must be there before training; `reference` is a store of rows for statistics, held-out figures and calibration;
-`batches(...)` are what is trained on; `checkpointed(step)` says that a checkpoint is durable: what it does not need may
-go.
+`batches(...)` are what is trained on; `checkpointed(position)` says that a checkpoint is durable: what it does not need
+may go.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,10 @@ from trainer.rows import open_training_store, store_identity
 
 
 class Batches(Protocol):
-    """An endless iterator over one rank's share of the global batches. Close it (or use `with`) to stop its threads."""
+    """An endless iterator over one rank's share of the global microbatches, the batches of this module.
+
+    Close it (or use `with`) to stop its threads.
+    """
 
     @property
     def position(self) -> int:
@@ -69,8 +72,8 @@ class Source(Protocol):
     ) -> Batches:
         """Batches from `position` on; `state` is that of the checkpoint there ({} at the start)."""
 
-    def checkpointed(self, step: int) -> None:
-        """A checkpoint of `step` is durable: rows of batches before it will not be asked for again."""
+    def checkpointed(self, position: int) -> None:
+        """A checkpoint at `position` is durable: rows of batches before it will not be asked for again."""
 
 
 def open_source(config: RunConfig) -> Source:
@@ -113,7 +116,7 @@ class DiskSource:
         source = self.config.source
         return ShuffledBatches(
             self.reference,
-            batch_size_tokens=self.config.train.batch_size_tokens,
+            batch_size_tokens=self.config.train.microbatch_tokens or self.config.train.batch_size_tokens,
             seed=source.seed,
             pool_rows=source.pool_rows,
             lanes=source.lanes,
@@ -126,5 +129,5 @@ class DiskSource:
             device=device,
         )
 
-    def checkpointed(self, step: int) -> None:
+    def checkpointed(self, position: int) -> None:
         """The store stays."""

@@ -1,7 +1,7 @@
 """The training loop.
 
-    update n = 1, 2, ...:  batch n-1 -> loss and gradients -> norm -> clip -> Adam -> dead-feature state
-                           -> metrics -> evaluation -> checkpoint
+    update n = 1, 2, ...:  microbatches (n-1) m ... n m - 1 -> loss and gradients -> norm -> clip -> Adam
+                           -> dead-feature state -> metrics -> evaluation -> checkpoint
 
 Everything that update n depends on is a function of the config, the store and what the checkpoint of an earlier step
 holds, so that a run which is killed and resumed ends with the same bits (docs/train.md says on what conditions).
@@ -9,7 +9,7 @@ holds, so that a run which is killed and resumed ends with the same bits (docs/t
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +146,7 @@ class _Run:
         self.schedule, self.checkpointer = schedule, checkpointer
         self.batch_tokens = config.train.batch_size_tokens
         self.microbatch = config.train.microbatch_tokens or self.batch_tokens
+        self.microbatches_per_step = self.batch_tokens // self.microbatch
         self.dead_after_tokens = dead_after_tokens(config)
         self.held_out = self.store.held_out()
         self.source_state: dict[str, Any] = {}
@@ -163,7 +164,7 @@ class _Run:
         with (
             StopRequest() as stop,
             MetricsLog(self.folder, self.config, resumed_from=step) as log,
-            self.source.batches(step, self.source_state, device=self.device) as batches,
+            self.source.batches(step * self.microbatches_per_step, self.source_state, device=self.device) as batches,
             Progress(
                 "train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens
             ) as progress,
@@ -171,12 +172,12 @@ class _Run:
             saved_step = step
             while step < last_step and not stop.requested:
                 with self._continuable(saved_step):
-                    batch = next(batches)
+                    microbatches = [next(batches) for _ in range(self.microbatches_per_step)]
                 step += 1
                 logged = step % train.log_every == 0 or step in {1, last_step}
-                loss = self.engine.backward(batch, self._context(step), residual=logged)
+                loss = self.engine.backward(microbatches, self._context(step), residual=logged)
                 norm = check_finite(
-                    loss, self.engine, self.model, batch, step=step, resume=self._where_to_resume(saved_step)
+                    loss, self.engine, self.model, microbatches, step=step, resume=self._where_to_resume(saved_step)
                 )
                 self.engine.update(norm)
                 self.model.record_step(
@@ -184,7 +185,7 @@ class _Run:
                 )
                 note = ""
                 if logged:
-                    record = self._record(step, batch, loss, norm, batches)
+                    record = self._record(step, microbatches, loss, norm, batches)
                     log.write(record)
                     note = f"fvu {record['fvu']:.3f}, l0 {record['l0']:.0f}"
                 if step == last_step or (train.eval_every and step % train.eval_every == 0):
@@ -217,11 +218,16 @@ class _Run:
         )
 
     def _record(
-        self, step: int, batch: ActivationBatch, loss: BatchLoss, norm: float, batches: Batches
+        self,
+        step: int,
+        microbatches: Sequence[ActivationBatch],
+        loss: BatchLoss,
+        norm: float,
+        batches: Batches,
     ) -> dict[str, Any]:
         return training_record(
             step,
-            batch,
+            microbatches,
             loss,
             tokens=step * self.batch_tokens,
             epochs=batches.epochs,
@@ -261,7 +267,11 @@ class _Run:
         log.sync()
         state = {
             "tokens": step * self.batch_tokens,
-            "data": {"next_batch": step, "store": self.source.identity, "source": batches.state()},
+            "data": {
+                "next_microbatch": step * self.microbatches_per_step,
+                "store": self.source.identity,
+                "source": batches.state(),
+            },
             "subject": self.store.manifest.subject,
             "layers": list(self.store.layers),
             "spec": self.model.spec.to_dict(),
@@ -273,7 +283,7 @@ class _Run:
             self.checkpointer.save(
                 step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
             )
-        self.source.checkpointed(step)
+        self.source.checkpointed(step * self.microbatches_per_step)
         return step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

@@ -31,6 +31,14 @@ def _batch(config: RunConfig) -> ActivationBatch:
         return next(batches)
 
 
+def _parts(batch: ActivationBatch, tokens: int | None) -> list[ActivationBatch]:
+    """Microbatches of so many tokens (None: one)."""
+    return [
+        replace(batch, mlp_in=batch.mlp_in[rows], mlp_out=batch.mlp_out[rows], rows=batch.rows[rows])
+        for rows in (slice(start, start + (tokens or 96)) for start in range(0, 96, tokens or 96))
+    ]
+
+
 def _parameters(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (5, 7), "rows": (3, 4, 5), "vector": (11,)}
@@ -95,12 +103,11 @@ def test_microbatches_add_up_to_the_batch(tiny_store: RunConfig, tmp_path: Path,
     gradients: list[dict[str, Tensor]] = []
     losses = []
     for microbatch in (None, 48, 32):
-        config.train = replace(config.train, microbatch_tokens=microbatch)
         model = _model(config)
         engine = build_engine(config, model)
         # Twice: what the first call left in the gradients' memory must not show.
-        engine.backward(batch, CONTEXT)
-        losses.append(engine.backward(batch, CONTEXT, residual=True))
+        engine.backward(_parts(batch, microbatch), CONTEXT)
+        losses.append(engine.backward(_parts(batch, microbatch), CONTEXT, residual=True))
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert gradient.keys() == gradients[0].keys()
@@ -115,7 +122,7 @@ def test_an_update_clips_by_the_global_norm(tiny_store: RunConfig, tmp_path: Pat
     config = tiny_run(tiny_store, tmp_path, {"optim.clip_norm": 0.5})
     model = _model(config)
     engine = build_engine(config, model)
-    engine.backward(_batch(config), CONTEXT)
+    engine.backward([_batch(config)], CONTEXT)
     gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     assert float(engine.gradient_norm()) == pytest.approx(float(norm), rel=1e-6)
@@ -144,7 +151,7 @@ def test_updates_inside_the_backward_pass_are_the_same_updates(
         norms.append([])
         for step in range(12):
             dead_after = 96 if step == 8 else 10**9
-            engine.backward(batch, replace(CONTEXT, lr=1e-3, dead_after_tokens=dead_after))
+            engine.backward([batch], replace(CONTEXT, lr=1e-3, dead_after_tokens=dead_after))
             written = [name for name, p in model.named_parameters() if p.grad is not None and p.dim() > 1]
             assert bool(written) == (not fused or step == 8)
             norms[-1].append(float(engine.gradient_norm()))
@@ -164,7 +171,7 @@ def test_mixed_precision_computes_in_bf16_and_keeps_float32(tiny_store: RunConfi
     for precision in ("fp32", "bf16"):
         config = tiny_run(tiny_store, tmp_path, {"train.precision": precision})
         model = _model(config)
-        losses[precision] = float(build_engine(config, model).backward(_batch(config), CONTEXT).mse)
+        losses[precision] = float(build_engine(config, model).backward([_batch(config)], CONTEXT).mse)
         assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     assert losses["fp32"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -173,7 +180,7 @@ def test_mixed_precision_computes_in_bf16_and_keeps_float32(tiny_store: RunConfi
 def test_a_microbatch_without_a_selection_leaves_the_threshold_to_the_others(
     tiny_store: RunConfig, tmp_path: Path
 ) -> None:
-    config = tiny_run(tiny_store, tmp_path, {"activation.kind": "batchtopk", "train.microbatch_tokens": 32})
+    config = tiny_run(tiny_store, tmp_path, {"activation.kind": "batchtopk"})
     model, batch = _model(config), _batch(config)
     engine = build_engine(config, model)
     losses = []
@@ -187,13 +194,13 @@ def test_a_microbatch_without_a_selection_leaves_the_threshold_to_the_others(
             model.input_shift_LD.zero_()
             batch.mlp_in.abs_()
             batch.mlp_in[32:64] *= -1
-        losses.append(engine.backward(batch, CONTEXT))
+        losses.append(engine.backward(_parts(batch, 32), CONTEXT))
     assert losses[0].batch_threshold_L is not None
     assert bool(losses[0].batch_threshold_L.isfinite().all())
     mixed_L = losses[1].batch_threshold_L
     assert mixed_L is not None
-    single = []
-    for rows in (slice(0, 32), slice(64, 96)):
-        part = replace(batch, mlp_in=batch.mlp_in[rows], mlp_out=batch.mlp_out[rows], rows=batch.rows[rows])
-        single.append(engine.backward(part, CONTEXT).batch_threshold_L)
+    first, _, third = _parts(batch, 32)
+    single = [engine.backward([part], CONTEXT).batch_threshold_L for part in (first, third)]
+    assert single[0] is not None
+    assert single[1] is not None
     torch.testing.assert_close(mixed_L, (single[0] + single[1]) / 2)

@@ -4,7 +4,7 @@ The loop in `trainer.train` calls an engine and nothing below it, so that engine
 take its place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,8 +43,12 @@ class BatchLoss:
 class Engine(Protocol):
     """What the training loop asks for, in this order, at every step."""
 
-    def backward(self, batch: ActivationBatch, context: StepContext, *, residual: bool = False) -> BatchLoss:
-        """Gradients of the batch's mean loss (those of the step before are dropped), and what the loss was."""
+    def backward(
+        self, microbatches: Sequence[ActivationBatch], context: StepContext, *, residual: bool = False
+    ) -> BatchLoss:
+        """Gradients of the mean loss of a step's microbatches (those of the step before are dropped), and what the loss
+        was. Each microbatch is what this rank has of it.
+        """
 
     def gradient_norm(self) -> Tensor:
         """The exact global norm of the gradients, 0-dim float64."""
@@ -65,7 +69,6 @@ class PlainEngine:
     def __init__(self, config: RunConfig, model: CrossLayerTranscoder) -> None:
         self._config, self._model = config, model
         self._clip_norm = config.optim.clip_norm
-        self._microbatch = config.train.microbatch_tokens or config.train.batch_size_tokens
         self._device = model.threshold_LF.device
         self._parameters = dict(model.named_parameters())
         self._optimizer = NamedAdam(self._parameters, config.optim, seed=config.model.seed)
@@ -76,16 +79,21 @@ class PlainEngine:
         if self._fused:
             self._optimizer.register_fused(model.fused_updates)
 
-    def backward(self, batch: ActivationBatch, context: StepContext, *, residual: bool = False) -> BatchLoss:
+    def backward(
+        self, microbatches: Sequence[ActivationBatch], context: StepContext, *, residual: bool = False
+    ) -> BatchLoss:
         """See Engine. Microbatches follow one another and their gradients add up."""
         self._lr = context.lr
         self._optimizer.zero_grad()
         if self._fused:
             self._optimizer.begin_fused(self._lr)
-        count = batch.mlp_in.shape[0] // self._microbatch
+        count = len(microbatches)
         merged: BatchLoss | None = None
         thresholds: list[Tensor] = []
-        for mlp_in_BLD, mlp_out_BLD in self._microbatches(batch):
+        for microbatch in microbatches:
+            mlp_in_BLD, mlp_out_BLD = (
+                rows_BLD.to(self._device, non_blocking=True) for rows_BLD in (microbatch.mlp_in, microbatch.mlp_out)
+            )
             output = self._loss(mlp_in_BLD, mlp_out_BLD, context)
             (output.total / count).backward()  # type: ignore[no-untyped-call]
             residual_L = self._residual(output, mlp_out_BLD) if residual else None
@@ -114,14 +122,6 @@ class PlainEngine:
     def master_weights(self) -> AbstractContextManager[None]:
         """See Engine."""
         return self._optimizer.master_weights()
-
-    def _microbatches(self, batch: ActivationBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, batch.mlp_in.shape[0], self._microbatch):
-            rows = slice(start, start + self._microbatch)
-            yield (
-                batch.mlp_in[rows].to(self._device, non_blocking=True),
-                batch.mlp_out[rows].to(self._device, non_blocking=True),
-            )
 
     def _loss(self, mlp_in_BLD: Tensor, mlp_out_BLD: Tensor, context: StepContext) -> LossOutput:
         mixed = self._config.train.precision is Precision.bf16
