@@ -180,9 +180,10 @@ class StoreConfig:
 
 
 class SourceKind(StrEnum):
-    """Where training batches come from."""
+    """Where batches come from: a store on disk, or the subject itself."""
 
     disk = "disk"
+    live = "live"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,3 +205,18 @@ class SourceConfig:
     prefetch_bytes: int = 268_435_456
     # Threads that read, decompress and decode.
     threads: int = 1
+    # live: rows (tokens) from the beginning of the text that are harvested into the run folder before
+    # training, with the held-out ones: scaling statistics, outliers, calibration and evaluation come from them.
+    statistics_tokens: int = 65_536
+    # Processes that run the subject (of each rank); 0: a thread of the training process.
+    harvesters: int = 0
+    # Their devices, in turn; empty: training's. And torch's threads of each process.
+    harvester_devices: list[str] = field(default_factory=list)
+    harvester_threads: int = 1
+    # live: shared memory for rows that wait to be drawn (of each rank), as stored; and the share of it that is filled
+    # before a batch is drawn.
+    ring_bytes: int = 1_073_741_824
+    fill_fraction: float = 0.5
+    # live: batch n is a function of seed and n (for a text, subject, ring and number of harvesters), and a run resumes
+    # exactly; false: rows are drawn as they come.
+    deterministic: bool = False

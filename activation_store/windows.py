@@ -87,7 +87,7 @@ class Windows:
     def __init__(self, part: Part, storage: Storage, subject: Subject, layout: StoreLayout, *, contexts: int) -> None:
         """`contexts`: how many a window has; the last one may have fewer."""
         self._storage, self._layout, self._contexts, self._tokens = storage, layout, contexts, part.tokens
-        self._blocks = _Blocks(part, subject)
+        self._blocks = Blocks(part, subject)
         self._records: dict[int, WindowRecord] = {}
         self._read: tuple[int, WindowText] | None = None
 
@@ -168,7 +168,7 @@ def _key(window: int) -> str:
     return f"{WINDOWS}/{window:08d}.json"
 
 
-class _Blocks:
+class Blocks:
     """Blocks of documents, packed, their contexts mixed by seed: a window of part of a block has some of all."""
 
     def __init__(self, part: Part, subject: Subject) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activation_store.atomic import read_json
+from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from activation_store.gguf import convert_gguf
 from activation_store.harvest import harvest
@@ -29,6 +30,7 @@ from trainer.publish.export import publish
 from trainer.publish.hooks import circuit_hooks
 from trainer.publish.rules import check_expressible, check_options, check_output
 from trainer.run_folder import RunFolder
+from trainer.sample import reference_path
 from trainer.train import train
 
 _PROMPT = "The capital of France is"
@@ -52,11 +54,9 @@ def run_demo(config: LayerloomConfig) -> list[StageUsage]:
     check_options(config.publish)
     check_output(output, run)
     RunFolder(run).check(config)
-    usages = [
-        _stage("harvest", lambda: _harvest(config)),
-        _stage("train", lambda: _train(config)),
-        _stage("evaluate", lambda: _evaluate(config)),
-    ]
+    on_disk = config.source.kind is SourceKind.disk
+    usages = [_stage("harvest", lambda: _harvest(config))] if on_disk else []
+    usages += [_stage("train", lambda: _train(config)), _stage("evaluate", lambda: _evaluate(config))]
     reason = why_not_published(config)
     if reason:
         report(f"\n== publish: left out ==\n{reason}")
@@ -68,7 +68,7 @@ def run_demo(config: LayerloomConfig) -> list[StageUsage]:
 
 def why_not_published(config: LayerloomConfig) -> str:
     """Why circuit-tracer's layout cannot hold this transcoder; empty if it can. Looks at the store's manifest."""
-    store = ActivationStore.open(config.store.path)
+    store = ActivationStore.open(reference_path(config, config.run))
     subject = SubjectInfo.from_dict(store.manifest.subject)
     try:
         check_expressible(
@@ -110,11 +110,11 @@ def _publish(config: LayerloomConfig) -> None:
 def _conclude(config: LayerloomConfig, usages: list[StageUsage], *, published: bool) -> None:
     """The short table, where everything lies, what each stage took, and what to type next."""
     folder = RunFolder(config.run)
-    store = ActivationStore.open(config.store.path)
+    store = ActivationStore.open(reference_path(config, config.run))
     lines = ["", "== result ==", format_table(read_json(folder.evaluation_file), first_layer=store.layers[0]), ""]
     lines += [f"{'stage':<10}{'time':>14}{'peak memory':>14}"]
     lines += [f"{u.name:<10}{human_seconds(u.seconds):>14}{human_bytes(u.peak_bytes):>14}" for u in usages]
-    lines += ["", f"store      {config.store.path} ({human_bytes(_folder_bytes(Path(config.store.path)))})"]
+    lines += ["", f"store      {store.path} ({human_bytes(_folder_bytes(Path(str(store.path))))})"]
     lines += [f"run        {config.run}", f"picture    {folder.plots / 'summary.png'}"]
     if published:
         lines += [f"published  {config.output}", "", "next:", f"  {next_command(config)}"]
@@ -123,7 +123,7 @@ def _conclude(config: LayerloomConfig, usages: list[StageUsage], *, published: b
 
 def next_command(config: LayerloomConfig) -> str:
     """The line that draws an attribution graph with the published transcoder."""
-    store = ActivationStore.open(config.store.path)
+    store = ActivationStore.open(reference_path(config, config.run))
     subject = SubjectInfo.from_dict(store.manifest.subject)
     backend = circuit_hooks(subject.architecture, config.store.input_hook).backends[0]
     graphs = str(Path(config.output).with_name("graphs"))

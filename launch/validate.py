@@ -7,6 +7,7 @@ wanted, what to do. The rules of a training run are `trainer.rules`.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from launch.config import LayerloomConfig
 from launch.verbs import VERBS
@@ -79,6 +80,14 @@ def _launch(config: LayerloomConfig) -> Iterator[str]:
     yield from _at_least(config.launch, "launch", {"threads": 0})
 
 
+def _sweep(config: LayerloomConfig) -> Iterator[str]:
+    if config.source.kind is not SourceKind.disk:
+        yield (
+            f"source.kind={config.source.kind}: the points of a sweep share one store on disk; harvest it and use "
+            "source=disk"
+        )
+
+
 def _tune(config: LayerloomConfig) -> Iterator[str]:
     tune = config.tune
     yield from _at_least(tune, "tune", {"n_layers": 0, "d_model": 0})
@@ -117,5 +126,6 @@ _RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"launch"}, _launch),
     ({"tune"}, _tune),
     ({"train"}, _train),
+    ({"sweep"}, _sweep),
     ({"text", "eval"}, _eval),
 )

@@ -39,7 +39,7 @@ VERBS: dict[str, Verb] = {
         "harvest",
     ),
     "train": Verb(
-        "trains a transcoder on a store; a run that was stopped continues",
+        "trains a transcoder on a store, or on the subject itself (source=live); a run that was stopped continues",
         (*_TRAIN_GROUPS, "launch", "preset"),
         ("run", "device"),
         "train",

@@ -14,7 +14,7 @@ _TOP_K_KINDS = (ActivationKind.topk, ActivationKind.batchtopk)
 
 def check_run_config(config: RunConfig) -> None:
     """Raises UserError with the first rule that `config` breaks: what was given, what is wanted, what to do."""
-    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_parallel, _model, _activation, _optim, _train)
+    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_parallel, _model, _activation, _optim, _train, _source)
     problem = next(chain.from_iterable(rule(config) for rule in rules), None)
     if problem is not None:
         raise UserError(problem)
@@ -209,12 +209,23 @@ def _train(config: RunConfig) -> Iterator[str]:
         value = getattr(train, name)
         if value < 0:
             yield f"train.{name}={value} must not be negative; 0 means only at the end"
-    for name in ("pool_rows", "lanes", "run_rows", "threads"):
-        value = getattr(config.source, name)
+
+
+def _source(config: RunConfig) -> Iterator[str]:
+    source = config.source
+    for name in ("pool_rows", "lanes", "run_rows", "threads", "statistics_tokens", "harvester_threads", "ring_bytes"):
+        value = getattr(source, name)
         if value < 1:
             yield f"source.{name}={value} must be at least 1"
-    if config.source.prefetch_bytes < 0:
-        yield f"source.prefetch_bytes={config.source.prefetch_bytes} must not be negative; 0 reads one batch ahead"
+    if source.prefetch_bytes < 0:
+        yield f"source.prefetch_bytes={source.prefetch_bytes} must not be negative; 0 reads one batch ahead"
+    if source.harvesters < 0:
+        yield f"source.harvesters={source.harvesters} must not be negative; 0 is a thread of the training process"
+    if not 0 < source.fill_fraction <= 1:
+        yield (
+            f"source.fill_fraction={source.fill_fraction} must be above 0 and at most 1: it is the share of the ring "
+            "that is filled before a batch is drawn"
+        )
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:

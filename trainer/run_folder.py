@@ -1,6 +1,6 @@
 """A run folder: its config, what counts as one, and when a call may continue it.
 
-config.yaml  metrics.jsonl  checkpoints/  evaluation.json  plots/  wandb/  wandb.json
+config.yaml  metrics.jsonl  checkpoints/  evaluation.json  plots/  sample/  wandb/  wandb.json
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ FREE_FIELDS = (
     "train.log_every",
     "source.prefetch_bytes",
     "source.threads",
+    "source.harvester_devices",
     "store.path",
     "store.batch_contexts",
     "subject.cache_dir",
@@ -51,6 +52,7 @@ _OWN_NAMES = (
     "evaluation.json",
     "evaluation_inputs.json",
     "plots",
+    "sample",
     "wandb",
     "wandb.json",
 )
@@ -66,6 +68,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation_file = self.path / "evaluation.json"
         self.plots = self.path / "plots"
+        # A store of the beginning of the text and of the held-out documents, where a run has no other.
+        self.sample = self.path / "sample"
         self.wandb_file = self.path / "wandb.json"
 
     def exists(self) -> bool:

@@ -6,7 +6,7 @@ must be there before training; `reference` is a store of rows for statistics, he
 may go.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -14,10 +14,14 @@ from typing import Any, Protocol, Self
 import torch
 
 from activation_store.batch import ActivationBatch
+from activation_store.config import SourceKind
+from activation_store.layout import StoreLayout
 from activation_store.shuffle import ShuffledBatches
 from activation_store.store import ActivationStore
 from trainer.config import RunConfig
 from trainer.rows import open_training_store, store_identity
+from trainer.run_folder import RunFolder
+from trainer.sample import harvest_sample
 
 
 class Batches(Protocol):
@@ -78,7 +82,12 @@ class Source(Protocol):
 
 def open_source(config: RunConfig) -> Source:
     """The source that `config.source` names. Raises UserError for one that cannot serve this run; writes nothing."""
-    return DiskSource(config)
+    kinds: dict[SourceKind, Callable[[RunConfig], Source]] = {SourceKind.disk: DiskSource, SourceKind.live: LiveSource}
+    return kinds[config.source.kind](config)
+
+
+def _batch_rows(config: RunConfig) -> int:
+    return config.train.microbatch_tokens or config.train.batch_size_tokens
 
 
 @dataclass(slots=True)
@@ -116,7 +125,7 @@ class DiskSource:
         source = self.config.source
         return ShuffledBatches(
             self.reference,
-            batch_size_tokens=self.config.train.microbatch_tokens or self.config.train.batch_size_tokens,
+            batch_size_tokens=_batch_rows(self.config),
             seed=source.seed,
             pool_rows=source.pool_rows,
             lanes=source.lanes,
@@ -131,3 +140,63 @@ class DiskSource:
 
     def checkpointed(self, position: int) -> None:
         """The store stays."""
+
+
+@dataclass(slots=True)
+class LiveSource:
+    """The subject itself, run while training goes on; statistics, held-out and calibration rows are a sample's."""
+
+    config: RunConfig
+    n_layers: int = field(init=False)
+    d_model: int = field(init=False)
+    _sample: ActivationStore | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        from activation_store.hooks import layer_range
+        from activation_store.live import ring_layout
+        from activation_store.subject import describe_subject  # transformers: seconds
+
+        info, store = describe_subject(self.config.subject), self.config.store
+        self.n_layers = len(layer_range(info.n_layers, store.layer_start, store.layer_stop))
+        self.d_model = info.d_model
+        layout = StoreLayout(self.n_layers, self.d_model, store.dtype, store.chunk_rows, store.shard_rows)
+        unit_rows = store.batch_contexts * self.config.text.context_length
+        share = _batch_rows(self.config) // self.config.parallel.data
+        ring_layout(layout, self.config.source, unit_rows=unit_rows, share=share)
+
+    @property
+    def reference(self) -> ActivationStore:
+        assert self._sample is not None, "prepare() comes first"
+        return self._sample
+
+    @property
+    def identity(self) -> str:
+        return store_identity(self.reference)
+
+    @property
+    def path(self) -> str:
+        return f"the sample in {RunFolder(self.config.run).sample}"
+
+    def prepare(self) -> None:
+        """Harvests the sample, or finds it there."""
+        self._sample = harvest_sample(self.config)
+
+    def batches(
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+    ) -> Batches:
+        from activation_store.live import LiveActivations, LiveText
+
+        config = self.config
+        return LiveActivations(
+            LiveText(config.subject, config.text, config.store, self.reference),
+            config.source,
+            batch_size_tokens=_batch_rows(config),
+            rank=rank,
+            ranks=ranks,
+            start_batch=position,
+            state=state,
+            device=device,
+        )
+
+    def checkpointed(self, position: int) -> None:
+        """Nothing is kept for a resume: it harvests again."""

@@ -13,10 +13,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activation_store.batch import ActivationBatch
 from activation_store.codec import Encoded, decode, from_bits
 from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
-from activation_store.shuffle import ActivationBatch, ShuffledBatches
+from activation_store.shuffle import ShuffledBatches
 from activation_store.store import ActivationStore
 from activation_store.used import BITS, UsedRows
 from tests.store.making import manifest, random_rows, write_store

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from activation_store.shuffle import ActivationBatch, ShuffledBatches
+from activation_store.batch import ActivationBatch
+from activation_store.shuffle import ShuffledBatches
 from activation_store.store import ActivationStore
 from tests.training.runs import tiny_run
 from trainer.build import build_model

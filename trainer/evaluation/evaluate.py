@@ -25,6 +25,7 @@ from trainer.load import load_checkpoint
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.rows import check_text, store_identity
 from trainer.run_folder import RunFolder, load_config, resume_command
+from trainer.sample import reference_path
 from trainer.schedule import dead_after_tokens
 
 
@@ -43,7 +44,7 @@ def evaluate(run: Path | str, config: EvalConfig, *, device: str = "auto", show_
             f"run={folder.path} has no complete checkpoint to evaluate; train it: layerloom train run={folder.path} ..."
         )
     _check_thresholds(folder, checkpoint)
-    store = ActivationStore.open(run_config.store.path)
+    store = ActivationStore.open(reference_path(run_config, folder.path))
     info = describe_subject(run_config.subject)
     _check_inputs(folder, checkpoint, store, info)
     check_text(run_config, store)

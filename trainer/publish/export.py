@@ -43,6 +43,7 @@ from trainer.publish.rules import (
 )
 from trainer.publish.verify import Comparison, compare, require_passed
 from trainer.run_folder import RunFolder, load_config
+from trainer.sample import reference_path
 from trainer.tensor_file import hash_file
 
 # Of what `layerloom_config.yaml` says under `published`; a change makes republishing write anew.
@@ -132,7 +133,7 @@ def _prepare(request: _Request, device: str) -> _Job:
         feature_output_hook=hooks.feature_output,
         scan=_scan(config, request.output),
     )
-    store = open_run_store(run_config.store.path)
+    store = open_run_store(reference_path(run_config, request.run.path))
     check_space(request.output, weight_bytes(spec, config.dtype))
     model = load_checkpoint(request.checkpoint, run_config, resolve_device(device))
     return _Job(request, store, subject, hooks, layout, model)
