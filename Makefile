@@ -11,6 +11,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 # Errors alone: warnings about the places that pip's own settings name would fill the screen.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# A file's tests share what they set up; files begin in the order that tests/conftest.py gives them.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.layerloom-ready
 TEST_READY := $(VENV)/.layerloom-test-ready
 
@@ -20,10 +22,10 @@ demo: $(READY)
 	$(BIN)/layerloom demo $(ARGS)
 
 test: $(TEST_READY) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
 
 test-fast: $(TEST_READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
