@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -10,8 +12,27 @@ from tqdm import tqdm
 _LINE_SECONDS = 10.0
 
 
+class _Speech:
+    """Whether this process says anything at all."""
+
+    silent = False
+
+
+@contextmanager
+def silenced(silent: bool = True) -> Iterator[None]:
+    """While it lasts, `report` and Progress say nothing (unless silent=False): of several processes, one speaks."""
+    before = _Speech.silent
+    _Speech.silent = silent or before
+    try:
+        yield
+    finally:
+        _Speech.silent = before
+
+
 def report(text: str) -> None:
     """Prints one plain line to stderr, above a progress bar if one is running."""
+    if _Speech.silent:
+        return
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -59,7 +80,7 @@ class Progress:
         self._note = ""
         self._started = self._printed = time.monotonic()
         self._bar: tqdm[Any] | None = None
-        if self._stream.isatty():
+        if self._stream.isatty() and not _Speech.silent:
             self._bar = tqdm(
                 total=total,
                 initial=initial,
@@ -114,4 +135,5 @@ class Progress:
 
     def _print_line(self) -> None:
         self._printed = time.monotonic()
-        print(self.line(), file=self._stream, flush=True)
+        if not _Speech.silent:
+            print(self.line(), file=self._stream, flush=True)

@@ -1,26 +1,57 @@
 """The `layerloom` command: takes the words apart, composes the config, calls one stage, turns errors into one line."""
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 
-from activation_store.errors import UserError, os_error_line
+from activation_store.errors import OwnError, PeersLostError, UserError, os_error_line
 from launch.arguments import Arguments, parse_arguments
 from launch.verbs import VERBS
+from trainer.parallel.launcher import adopt_launcher, is_first_process, process_count
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. 0: done; 1: some points of a sweep failed, or damage found; 2: a user's mistake; 130: Ctrl-C."""
+    """Runs one verb. 0: done; 1: some points of a sweep failed, or damage found; 2: a user's mistake; 130: Ctrl-C.
+
+    Of several processes of one job (a mesh), the first one speaks where all would say the same.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) != ["train"]:
+        return _told(words, speaks=True)
+    adopt_launcher()
+    if process_count() == 1:
+        return _told(words, speaks=True)
+    sys.excepthook = _end_at_once
+    code = _told(words, speaks=is_first_process())
+    if code != 0:
+        _end(code)
+    return code
+
+
+def _told(words: Sequence[str], *, speaks: bool) -> int:
+    """Runs one verb and tells what went wrong in one line, if this process `speaks` for all or has met it alone."""
+
+    def say(text: str, *, always: bool = False) -> None:
+        if speaks or always:
+            print(f"layerloom: {text}", file=sys.stderr)
+
     try:
-        return _run(parse_arguments(sys.argv[1:] if argv is None else argv))
+        return _run(parse_arguments(words))
+    except PeersLostError as error:
+        if error.tell:
+            say(str(error), always=True)
+        return EXIT_USER_ERROR
     except UserError as error:
-        print(f"layerloom: {error}", file=sys.stderr)
+        say(str(error), always=isinstance(error, OwnError))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("layerloom: interrupted", file=sys.stderr)
+        say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # `layerloom --help | head`: nobody reads on, and the interpreter must not flush into the closed pipe at exit.
@@ -28,8 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         # A folder that may not be written, a disk or a network that failed: nothing that a traceback would explain.
-        print(f"layerloom: {os_error_line(error)}", file=sys.stderr)
+        say(os_error_line(error), always=True)
         return EXIT_USER_ERROR
+
+
+def _end(code: int) -> None:
+    """Ends a process of several at once: a thread that waits for the others would keep it, and it them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The hook for what nobody caught: its traceback, and then the end, which the other processes notice."""
+    traceback.print_exception(kind, error, trace)
+    _end(1)
 
 
 def _run(arguments: Arguments) -> int:

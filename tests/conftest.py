@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from tests.job import Job
+    from trainer.config import RunConfig
 
 # Tests share a few cores with one another; sums are then in one order as well.
 torch.set_num_threads(1)
@@ -58,3 +59,26 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_text: P
     from tests.job import run_job
 
     return run_job(tmp_path_factory.mktemp("job"), tiny_llama, tiny_text)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> "RunConfig":
+    """The config of a run on a store of some 1,500 rows in 3 layers of width 16. Read only; copy it with `tiny_run`."""
+    from activation_store.config import StoreConfig, SubjectConfig, TextConfig
+    from activation_store.harvest import harvest
+    from trainer.config import RunConfig
+
+    config = RunConfig(
+        subject=SubjectConfig(path=str(tiny_llama)),
+        text=TextConfig(path=f"{tiny_text}/*.txt", context_length=32, held_out_documents=4, documents_per_block=8),
+        store=StoreConfig(
+            path=str(tmp_path_factory.mktemp("store") / "store"),
+            tokens=1_536,
+            held_out_tokens=192,
+            chunk_rows=32,
+            shard_rows=128,
+        ),
+        device="cpu",
+    )
+    harvest(config.subject, config.text, config.store, device="cpu")
+    return config

@@ -14,8 +14,9 @@ class StopRequest:
     Outside the main thread, where Python cannot set handlers, signals keep their effect.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, *, told_later: bool = False) -> None:
+        """told_later: says nothing when the signal comes (not every rank that gets one stops by it)."""
+        self.requested, self._silent = False, told_later
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,4 +35,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        report(f"{signal.Signals(number).name}: stopping after this step (once more: at once, without a checkpoint)")
+        if not self._silent:
+            report(
+                f"{signal.Signals(number).name}: stopping after this step (once more: at once, without a checkpoint)"
+            )

@@ -10,7 +10,7 @@ holds, so that a run which is killed and resumed ends with the same bits (docs/t
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from activation_store.batch import ActivationBatch
-from activation_store.device import resolve_device
-from activation_store.errors import UserError
-from activation_store.progress import Progress, human_seconds, report
+from activation_store.errors import AgreedError, AgreedInterruptError, UserError
+from activation_store.progress import Progress, human_seconds, report, silenced
 from trainer.build import build_model, checkpoint_bytes, model_spec
 from trainer.calibrate import calibrate_thresholds
 from trainer.checkpoint import Checkpoint, Checkpointer, check_space
@@ -32,8 +31,12 @@ from trainer.loss import StepContext
 from trainer.memory import freed_memory_kept
 from trainer.metrics import MetricsLog, read_metrics, training_record
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Partitioning
 from trainer.nonfinite import check_finite
+from trainer.parallel.agreement import Agreement, lost_peers_told
 from trainer.parallel.engine import BatchLoss, Engine, build_engine
+from trainer.parallel.feed import Feed
+from trainer.parallel.mesh import Mesh, open_mesh, rank_device
 from trainer.reproducibility import (
     deterministic,
     environment,
@@ -77,33 +80,52 @@ def train(config: RunConfig) -> TrainSummary:
     """
     started = time.monotonic()
     check_run_config(config)
-    device = resolve_device(config.device)
-    folder = RunFolder(config.run)
-    folder.check(config)
-    source = open_source(config)
-    spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
-    kernels = choose_kernels(config, spec, device)
-    check_space(folder.path, n_bytes=checkpoint_bytes(spec, config.optim), keep=config.train.keep_checkpoints)
+    device = rank_device(config.device)
     with (
-        full_disk_told(folder.path, resume_command(folder.path)),
-        folder.locked(),
-        deterministic(device),
-        freed_memory_kept(device),
+        lost_peers_told(f"continue with `{resume_command(config.run)}`"),
+        open_mesh(config.parallel, device) as mesh,
+        silenced(not mesh.is_first),
     ):
-        # Again, for another process may have trained here in the meantime.
+        return _train(config, mesh, device, started=started)
+
+
+def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: float) -> TrainSummary:
+    """`train` on an open mesh. Rank 0 alone holds the folder's lock and writes what is not partitioned."""
+    agreement, folder = Agreement(mesh), RunFolder(config.run)
+    with agreement.together():
         folder.check(config)
-        folder.start(config)
+        source = open_source(config)
+        spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
+        kernels = choose_kernels(config, spec, device)
+        if mesh.is_first:
+            n_bytes = checkpoint_bytes(spec, config.optim)
+            check_space(folder.path, n_bytes=n_bytes, keep=config.train.keep_checkpoints)
+    # What another machine has measured may differ, and all must go dense alike.
+    kernels = agreement.first(kernels)
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_told(folder.path, resume_command(folder.path)))
+        with agreement.together():
+            if mesh.is_first:
+                stack.enter_context(folder.locked())
+                # Again, for another process may have trained here in the meantime.
+                folder.check(config)
+                folder.start(config)
+        stack.enter_context(deterministic(device))
+        stack.enter_context(freed_memory_kept(device))
         checkpointer = Checkpointer(folder.path, keep=config.train.keep_checkpoints)
-        checkpoint = checkpointer.to_resume()
+        with agreement.together():
+            checkpoint = checkpointer.to_resume()
         resumed_from = None if checkpoint is None else checkpoint.step
         schedule = build_schedule(config)
         if resumed_from == schedule.total_steps:
             report(f"train: {folder.path} is complete ({resumed_from} steps); nothing to do")
         else:
-            report(f"train: {kernels.line}")
-            source.prepare()
+            report(f"train: {_mesh_words(mesh)}{kernels.line}")
+            _prepare(source, mesh, agreement)
             _Run(
                 config,
+                mesh=mesh,
+                agreement=agreement,
                 folder=folder,
                 source=source,
                 schedule=schedule,
@@ -112,11 +134,24 @@ def train(config: RunConfig) -> TrainSummary:
                 kernels=kernels,
             ).train(checkpoint)
     seconds = time.monotonic() - started
-    metrics = last_metrics(folder)
+    metrics = agreement.first(last_metrics(folder))
     if resumed_from != schedule.total_steps:
         took = human_seconds(seconds)
         report(f"train: wrote {schedule.total_steps} steps to {folder.path} in {took}{_headline(metrics)}")
     return TrainSummary(folder.path, schedule.total_steps, metrics, seconds, resumed_from)
+
+
+def _mesh_words(mesh: Mesh) -> str:
+    """For the log; nothing on one device."""
+    return "" if mesh.size == 1 else f"{mesh.size} processes, data={mesh.data.size} x feature={mesh.feature.size}; "
+
+
+def _prepare(source: Source, mesh: Mesh, agreement: Agreement) -> None:
+    """First on rank 0, which makes what is missing, then on the others, which find it."""
+    for turn in (True, False):
+        with agreement.together():
+            if mesh.is_first is turn:
+                source.prepare()
 
 
 def last_metrics(folder: RunFolder) -> dict[str, Any]:
@@ -134,6 +169,8 @@ class _Run:
         self,
         config: RunConfig,
         *,
+        mesh: Mesh,
+        agreement: Agreement,
         folder: RunFolder,
         source: Source,
         schedule: Schedule,
@@ -142,6 +179,7 @@ class _Run:
         kernels: ChosenKernels,
     ) -> None:
         self.config, self.folder, self.source, self.device = config, folder, source, device
+        self.mesh, self.agreement = mesh, agreement
         self.store = source.reference
         self.schedule, self.checkpointer = schedule, checkpointer
         self.batch_tokens = config.train.batch_size_tokens
@@ -161,16 +199,15 @@ class _Run:
         """The loop."""
         train, last_step = self.config.train, self.schedule.total_steps
         step = self._restore(checkpoint)
-        with (
-            StopRequest() as stop,
-            MetricsLog(self.folder, self.config, resumed_from=step) as log,
-            self.source.batches(step * self.microbatches_per_step, self.source_state, device=self.device) as batches,
-            Progress(
-                "train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens
-            ) as progress,
-        ):
-            saved_step = step
-            while step < last_step and not stop.requested:
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest(told_later=self.mesh.size > 1))
+            log = self._open_log(stack, step)
+            batches = stack.enter_context(self._batches(step))
+            progress = stack.enter_context(
+                Progress("train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens)
+            )
+            saved_step, stopped = step, False
+            while step < last_step and not stopped:
                 with self._continuable(saved_step):
                     microbatches = [next(batches) for _ in range(self.microbatches_per_step)]
                 step += 1
@@ -186,7 +223,7 @@ class _Run:
                 note = ""
                 if logged:
                     record = self._record(step, microbatches, loss, norm, batches)
-                    log.write(record)
+                    self._write(log, record)
                     note = f"fvu {record['fvu']:.3f}, l0 {record['l0']:.0f}"
                 if step == last_step or (train.eval_every and step % train.eval_every == 0):
                     with self._continuable(saved_step), self.engine.master_weights():
@@ -194,13 +231,47 @@ class _Run:
                 if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
                     saved_step = self._save(step, log, batches)
                 progress.advance(self.batch_tokens, note=note)
+                # A signal reaches one rank before another, or one rank alone: they stop after the same step.
+                stopped = self.agreement.any(stop.requested)
             if step > saved_step:
                 self._save(step, log, batches)
-        if stop.requested:
+        if stopped:
             # In the last step too: what would follow training must not start.
             left = f"continue with `{resume_command(self.folder.path)}`" if step < last_step else "training is complete"
             report(f"train: stopped at step {step} of {last_step}; {left}")
-            raise KeyboardInterrupt
+            raise AgreedInterruptError
+
+    def _open_log(self, stack: ExitStack, step: int) -> MetricsLog | None:
+        """On rank 0, until the stack is closed."""
+        with self.agreement.together():
+            if self.mesh.is_first:
+                return stack.enter_context(MetricsLog(self.folder, self.config, resumed_from=step))
+        return None
+
+    def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:
+        with self._told_together():
+            if log is not None:
+                log.write(record)
+
+    @contextmanager
+    def _told_together(self) -> Iterator[None]:
+        """What fails on one rank fails on all; a full disk with the command that continues."""
+        with self.agreement.together(), full_disk_told(self.folder.path, resume_command(self.folder.path)):
+            yield
+
+    def _batches(self, step: int) -> Batches:
+        """This rank's microbatches from those of `step` on."""
+        with self.agreement.together():
+            source = self.source.batches(
+                step * self.microbatches_per_step,
+                self.source_state,
+                device=self.device,
+                rank=self.mesh.rank,
+                ranks=self.mesh.size,
+            )
+        if self.mesh.size == 1:
+            return source
+        return Feed(source, self.mesh, Partitioning(), device=self.device)
 
     def _build(self) -> CrossLayerTranscoder:
         rows = None
@@ -237,7 +308,7 @@ class _Run:
             model=self.model,
         )
 
-    def _evaluate(self, step: int, log: MetricsLog) -> None:
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Calibrates the inference threshold on training rows and measures both rules on the held-out rows, in fp32.
 
         Before the end, calibration takes as many rows as are measured: a threshold for a point of the curve.
@@ -257,14 +328,17 @@ class _Run:
         if self.held_out is not None:
             batches = held_out_batches(self.held_out, batch_rows=self.microbatch, device=self.device)
             mean_out_LD = self.store.statistics().out_mean_LD.to(self.device)
-            log.write({"step": step, "eval": evaluate_rows(self.model, batches, mean_out_LD=mean_out_LD)})
+            found = evaluate_rows(self.model, batches, mean_out_LD=mean_out_LD)
+            self._write(log, {"step": step, "eval": found})
 
     def _calibration_rows(self, n_rows: int, *, batch_rows: int) -> CalibrationRows:
         return CalibrationRows(store=self.store, n_rows=n_rows, batch_rows=batch_rows, device=self.device)
 
-    def _save(self, step: int, log: MetricsLog, batches: Batches) -> int:
+    def _save(self, step: int, log: MetricsLog | None, batches: Batches) -> int:
         """Writes the checkpoint of `step`, after the metrics up to it; returns `step`."""
-        log.sync()
+        with self._told_together():
+            if log is not None:
+                log.sync()
         state = {
             "tokens": step * self.batch_tokens,
             "data": {
@@ -319,7 +393,8 @@ class _Run:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{error}; then {self._where_to_resume(saved_step)}") from error
+            kind = AgreedError if isinstance(error, AgreedError) else UserError
+            raise kind(f"{error}; then {self._where_to_resume(saved_step)}") from error
 
 
 def _headline(metrics: dict[str, Any]) -> str:

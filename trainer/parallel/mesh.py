@@ -5,7 +5,6 @@ where the launcher fills nodes in order), and in the order of global ranks the s
 its tokens.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from activation_store.errors import UserError
+from activation_store.device import resolve_device
+from activation_store.errors import AgreedError, AgreedInterruptError, OwnError, UserError
 from trainer.config import ParallelConfig
+from trainer.parallel.launcher import local_rank, process_count
 
 AXES = ("data", "feature")
 # Ranks that wait while one reads, calibrates or writes must not give up before it is done.
@@ -61,7 +62,8 @@ class Mesh:
 
 @contextmanager
 def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
-    """The mesh of this run; leaves torch.distributed as it found it.
+    """The mesh of this run; leaves torch.distributed as it found it, but after an error that the other ranks do not
+    know of: they may be waiting for this one, which has to end for them to notice.
 
     Raises UserError where the processes that were started are not as many as the mesh has.
     """
@@ -78,11 +80,34 @@ def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    orderly = False
     try:
         yield mesh_of(config.data, config.feature, device)
+        orderly = True
+    except (AgreedError, AgreedInterruptError):
+        orderly = True
+        raise
     finally:
-        if ours:
+        if ours and orderly:
             dist.destroy_process_group()
+
+
+def rank_device(name: str) -> torch.device:
+    """The device of this process: of several on one machine, each has the GPU of its number.
+
+    Raises UserError (OwnError where other processes may have theirs) if it is not there.
+    """
+    if process_count() == 1:
+        return resolve_device(name)
+    try:
+        device = resolve_device(name)
+        if device.type == "cuda" and ":" not in str(device):
+            device = resolve_device(f"cuda:{local_rank()}")
+    except UserError as error:
+        raise OwnError(str(error)) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def mesh_of(data: int, feature: int, device: torch.device) -> Mesh:
@@ -96,7 +121,5 @@ def mesh_of(data: int, feature: int, device: torch.device) -> Mesh:
 
 
 def _started() -> int:
-    """Processes of this job: torchrun and SLURM launchers set WORLD_SIZE."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this job."""
+    return dist.get_world_size() if dist.is_initialized() else process_count()
