@@ -18,6 +18,7 @@ from torch import Tensor
 
 from activation_store.atomic import read_json, write_bytes, write_json
 from activation_store.batch import ActivationBatch
+from activation_store.errors import UserError
 from activation_store.progress import report
 from trainer.config import LogConfig, RunConfig, WandbMode
 from trainer.loss import StepContext
@@ -96,6 +97,21 @@ def cut_after(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     if path.is_file():
         write_bytes(path, b"".join(_line(record) for record in kept))
+
+
+def check_wandb(log: LogConfig) -> None:
+    """With wandb online: logs in, or raises UserError if that fails. On a terminal wandb asks for the key."""
+    if log.wandb is not WandbMode.online:
+        return
+    import wandb  # heavy, and not wanted by most runs
+
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"log.wandb=online: {' '.join(str(error).split())}; or keep its files here with log=wandb_offline, or "
+            "metrics.jsonl alone with log=file"
+        ) from None
 
 
 class MetricsLog:

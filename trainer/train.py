@@ -29,7 +29,7 @@ from trainer.held_out import evaluate_rows
 from trainer.interrupt import StopRequest
 from trainer.loss import StepContext
 from trainer.memory import freed_memory_kept
-from trainer.metrics import MetricsLog, read_metrics, training_record
+from trainer.metrics import MetricsLog, check_wandb, read_metrics, training_record
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.collectives import Partitioning
 from trainer.nonfinite import check_finite
@@ -100,6 +100,7 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         if mesh.is_first:
             n_bytes = checkpoint_bytes(spec, config.optim)
             check_space(folder.path, n_bytes=n_bytes, keep=config.train.keep_checkpoints)
+            check_wandb(config.log)
     # What another machine has measured may differ, and all must go dense alike.
     kernels = agreement.first(kernels)
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import wandb
 
 from launch.main import main
 from tests.job import Job, snapshot, working_in
@@ -115,6 +116,17 @@ def test_train_refuses(
     job: Job, place: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, str], parts: list[str]
 ) -> None:
     _refused(capfd, place, ["train", *job.words_with(**{"run": "new", **changes})], *parts)
+
+
+def test_train_refuses_wandb_without_a_login(
+    job: Job, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> bool:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "login", nobody)
+    words = job.words_with(run="new", log="wandb")
+    _refused(capfd, place, ["train", *words], "log.wandb=online: No API key", "wandb login", "log=wandb_offline")
 
 
 def test_train_refuses_a_store_of_another_subject(
