@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 READY := $(VENV)/.layerloom-ready
 TEST_READY := $(VENV)/.layerloom-test-ready
 
-.PHONY: demo test test-fast lint format docs clean
+.PHONY: demo test test-fast test-matrix lint format docs clean
 
 demo: $(READY)
 	$(BIN)/layerloom demo $(ARGS)
@@ -25,7 +25,11 @@ test: $(TEST_READY) lint
 	$(PYTEST)
 
 test-fast: $(TEST_READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not matrix"
+
+# Every activation on every mesh with every engine, in real processes: long.
+test-matrix: $(TEST_READY)
+	$(BIN)/python -m pytest -m matrix
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

@@ -6,10 +6,13 @@ the score is weighted by the decoder norm. `feature` scope matches each feature'
 never active on these rows gets the largest of its pre-activations on them and the layer's threshold. jumprelu: theta.
 relu: 0.
 
+On a mesh every rank collects of its own features (and of the rows it is given: those of the ranks of the data axis may
+be the same or different); the lists of all are put together for the thresholds.
+
 Legend: B tokens, F features, N kept entries.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +42,15 @@ class _Pool:
         self.scores.append(scores_N)
         self.cuts.append(cut_G)
         self.active_G = active_G if self.active_G is None else self.active_G + active_G
+
+    def of_all(self, gather: Callable[[Tensor], Tensor]) -> "_Pool":
+        """What the ranks that `gather` spans have together."""
+        assert self.active_G is not None
+        n_groups = self.active_G.numel()
+        cuts_G = gather(torch.stack(self.cuts).amax(dim=0)).view(-1, n_groups).amax(dim=0)
+        active_G = gather(self.active_G).view(-1, n_groups).sum(dim=0)
+        groups = [gather(torch.cat(self.groups))] if self.groups else []
+        return _Pool(groups, [gather(torch.cat(self.scores))], [cuts_G], active_G)
 
     def thresholds(self) -> tuple[Tensor, bool]:
         """(G) thresholds that leave exactly the active count above them, and whether nothing dropped mattered."""
@@ -90,8 +102,12 @@ def calibrate_thresholds(model: CrossLayerTranscoder, batches: Iterable[Tensor],
             _collect(model, mlp_in_BLD, factor, by_layer, by_feature)
         if by_layer[0].active_G is None:
             raise ValueError("no rows to calibrate thresholds on; give at least one batch of mlp_in")
+        collectives = model.collectives
+        # A feature's entries lie on the ranks of the data axis that hold it, a layer's on all.
+        by_layer = [pool.of_all(collectives.gather_all) for pool in by_layer]
+        by_feature = [pool.of_all(collectives.gather_data) for pool in by_feature]
         found = [pool.thresholds() for pool in by_layer + by_feature]
-        if one_shot or all(exact for _, exact in found):
+        if one_shot or collectives.count_all(sum(not exact for _, exact in found)) == 0:
             break
         # Ends: once all scores are kept, nothing was dropped.
         factor *= 4
@@ -118,7 +134,7 @@ def _collect(
             x_BD = model.scale_input(s, mlp_in_BLD[:, s])
             found = model.source_layers[s].select_candidates(x_BD, limit, float("-inf"), norm_F, runtime)
         scores_N = found.scores
-        if not bool(scores_N.isfinite().all()):
+        if model.collectives.count_all(int(not bool(scores_N.isfinite().all()))) > 0:
             raise ValueError(
                 f"layer {s} has scores that are not finite on the calibration rows; thresholds want finite weights "
                 "and activations, take an earlier checkpoint"

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ActivationConfig, KernelsConfig
+from trainer.model.activation import cut_to_best
 from trainer.model.break_even import shipped_break_even
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import exchanged
 from trainer.model.features import LayerCodes
 from trainer.model.functions import squared_error
 from trainer.model.layer import SourceLayer
@@ -56,6 +58,10 @@ class LossOutput:
     enter the total. mse_L (L): mse by target layer. l0_L (L): mean active features per token. fired: per layer (F)
     bool. batch_threshold_L: batchtopk, smallest selected score by layer (NaN: none selected), else None. codes: per
     layer detached codes, None where the dense path ran. y_hat_BTD: scaled reconstruction, detached.
+
+    On a mesh the losses and l0_L are sums over the feature axis, of this rank's tokens: their means over the data axis
+    are those of the global microbatch, and so is the mean of the gradients. batch_threshold_L is that of the global
+    microbatch. fired, codes and y_hat_BTD are of this device's features and columns, and its tokens.
     """
 
     total: Tensor
@@ -104,10 +110,10 @@ def compute_loss(
         )
         n_tokens = max(x_BLD.shape[0], 1)
         squares_L, error_BTD = squared_error(result.y_hat_BTD, model.scale_targets(mlp_out_BTD))
-        mse_L = squares_L / n_tokens
-        mse = model.collectives.sum_features(mse_L).sum()
+        mse_L = model.collectives.sum_columns(squares_L / n_tokens)
+        mse = mse_L.sum()
         penalty = _penalty(model, result, context, activation, n_tokens)
-        dead = dead_features(model, context.dead_after_tokens)
+        dead = _Dead(model, context.dead_after_tokens, activation)
         auxk = _auxk(model, x_BLD, error_BTD, dead, activation, runtime)
         pre_act = _pre_activation_loss(model, x_BLD, dead, activation, runtime)
         if activation.tanh_lambda > 0 or auxk.requires_grad or pre_act.requires_grad:
@@ -120,7 +126,7 @@ def compute_loss(
             auxk=auxk.detach(),
             pre_act=pre_act.detach(),
             mse_L=mse_L.detach(),
-            l0_L=torch.stack([count.detach() for count in result.active_counts]) / n_tokens,
+            l0_L=_sum_features(model, [count.detach() for count in result.active_counts]) / n_tokens,
             fired=result.fired,
             batch_threshold_L=_batch_threshold(model, result) if model.spec.kind == "batchtopk" else None,
             codes=result.codes,
@@ -156,6 +162,22 @@ def dead_features(model: CrossLayerTranscoder, dead_after_tokens: int) -> list[T
     return list(model.tokens_since_active_LF >= dead_after_tokens)
 
 
+class _Dead:
+    """Dead features: those of this device per layer (F) bool, and whether any device has some in the layer (L)."""
+
+    def __init__(self, model: CrossLayerTranscoder, dead_after_tokens: int, activation: ActivationConfig) -> None:
+        self.layers = dead_features(model, dead_after_tokens)
+        self.somewhere = [False] * len(self.layers)
+        if activation.auxk_coefficient != 0 or activation.pre_act_lambda != 0:
+            counts_L = _sum_features(model, [dead_F.sum() for dead_F in self.layers])
+            self.somewhere = [count > 0 for count in counts_L.tolist()]
+
+
+def _sum_features(model: CrossLayerTranscoder, by_layer: list[Tensor]) -> Tensor:
+    """(L) sums over the feature axis of one number a layer."""
+    return model.collectives.sum_features(torch.stack(by_layer))
+
+
 def _penalty(
     model: CrossLayerTranscoder,
     result: TrainingPass,
@@ -181,30 +203,31 @@ def _auxk(
     model: CrossLayerTranscoder,
     x_BLD: Tensor,
     error_BTD: Tensor,
-    dead: list[Tensor],
+    dead: _Dead,
     activation: ActivationConfig,
     runtime: Runtime,
 ) -> Tensor:
     """Normalised error of the dead features' reconstruction of the residual error."""
-    if activation.auxk_coefficient == 0 or not any(bool(dead_F.any()) for dead_F in dead):
+    if activation.auxk_coefficient == 0 or not any(dead.somewhere):
         return x_BLD.new_zeros(())
     e_hat_BTD = model.empty_output(x_BLD.shape[0])
-    for s, (layer, dead_F) in enumerate(zip(model.source_layers, dead, strict=True)):
-        if not bool(dead_F.any()):
+    for s, (layer, dead_F) in enumerate(zip(model.source_layers, dead.layers, strict=True)):
+        if not dead.somewhere[s]:
             continue
         selection = layer.select_auxiliary(x_BLD[:, s], dead_F, activation.auxk_k, runtime)
+        selection = cut_to_best(selection, None, activation.auxk_k, model.n_features, model.collectives)
         codes, _ = layer.attach(selection, x_BLD[:, s], runtime, gated=False)
-        e_hat_BTD = layer.decode_into(e_hat_BTD, model.collectives.gather_codes(codes), None, runtime, bias=False)
+        e_hat_BTD = layer.decode_into(e_hat_BTD, exchanged(model.collectives, codes), None, runtime, bias=False)
     e_hat_BTD = model.collectives.combine_output(e_hat_BTD)
     # The denominator is that of the global microbatch: token sums over the data axis first.
     n_tokens = model.collectives.sum_data(x_BLD.new_tensor(float(x_BLD.shape[0])))
     mean_TD = model.collectives.sum_data(error_BTD.sum(dim=0)) / n_tokens
     centred = model.collectives.sum_data(torch.linalg.vector_norm(error_BTD - mean_TD).square())
-    centred = model.collectives.sum_features(centred)
+    centred = model.collectives.sum_columns(centred)
     if not bool(centred > 0):
         return x_BLD.new_zeros(())
     # The error here is y_hat - y, the e of the equation with the other sign.
-    residual = model.collectives.sum_features(squared_error(e_hat_BTD, -error_BTD)[0].sum())
+    residual = model.collectives.sum_columns(squared_error(e_hat_BTD, -error_BTD)[0].sum())
     # Per-token mean here, so that averaging over the data axis gives the global ratio.
     ratio = (residual / x_BLD.shape[0]) / (centred / n_tokens)
     # mse sums over layers and d, also those that other devices hold, where the ratio is near 1 whatever the shape.
@@ -214,7 +237,7 @@ def _auxk(
 def _pre_activation_loss(
     model: CrossLayerTranscoder,
     x_BLD: Tensor,
-    dead: list[Tensor],
+    dead: _Dead,
     activation: ActivationConfig,
     runtime: Runtime,
 ) -> Tensor:
@@ -222,14 +245,17 @@ def _pre_activation_loss(
     loss = x_BLD.new_zeros(())
     if activation.pre_act_lambda == 0:
         return loss
-    for s, (layer, dead_F) in enumerate(zip(model.source_layers, dead, strict=True)):
+    for s, (layer, dead_F) in enumerate(zip(model.source_layers, dead.layers, strict=True)):
         batchtopk = model.spec.kind == "batchtopk"
-        if not bool(dead_F.any()) or (batchtopk and bool(model.running_threshold_L[s].isnan())):
+        if not dead.somewhere[s] or (batchtopk and bool(model.running_threshold_L[s].isnan())):
             continue
         running = model.running_threshold(s) if batchtopk else None
         norm_F = model.decoder_norm(s, runtime)
         # Without a decoder a feature has no score to pull up, and its term is 0 times whatever the threshold is.
         dead_F = dead_F & (norm_F != 0)  # noqa: PLW2901
+        if model.collectives.partitioning.size > 1:
+            # Other devices may have dead features where this one has none, and wait in the backward pass of the norms.
+            loss = loss + norm_F[:0].sum()
         for block in torch.split(dead_F.nonzero()[:, 0], _DEAD_BLOCK):
             # Recomputed in the backward pass: no buffer of the block's pre-activations outlives it.
             loss = loss + checkpoint(
@@ -258,6 +284,12 @@ def _shortfall_of(
     return (torch.relu(threshold_f - pre_Bf) * norm_F[block]).sum()
 
 
+def _smallest_anywhere(model: CrossLayerTranscoder, smallest_L: Tensor) -> Tensor:
+    """The minimum over all devices; NaN: none selected."""
+    found_L = model.collectives.smallest(smallest_L.masked_fill(smallest_L.isnan(), torch.inf))
+    return found_L.masked_fill(found_L.isinf(), torch.nan)
+
+
 def _batch_threshold(model: CrossLayerTranscoder, result: TrainingPass) -> Tensor:
     """(L) smallest selected score of each layer; over all layers: the smallest of all; NaN where none is selected."""
     smallest = []
@@ -267,7 +299,7 @@ def _batch_threshold(model: CrossLayerTranscoder, result: TrainingPass) -> Tenso
         if model.spec.score == "decoder_norm":
             scores_N = scores_N * model.decoder_norm(s).detach()[codes.feature_ids]
         smallest.append(scores_N.min() if scores_N.numel() else scores_N.new_tensor(torch.nan))
-    smallest_L = torch.stack(smallest)
+    smallest_L = _smallest_anywhere(model, torch.stack(smallest))
     if model.spec.scope == "all_layers":
         found_L = smallest_L[~smallest_L.isnan()]
         return (found_L.min() if found_L.numel() else smallest_L[0]).expand_as(smallest_L)

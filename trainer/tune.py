@@ -18,6 +18,7 @@ from torch.nn import functional
 from trainer.kernels.dispatch import Kernels
 from trainer.kernels.encode_topk import Selection
 from trainer.model.break_even import mean_span
+from trainer.model.collectives import IdentityCollectives
 from trainer.model.features import LayerCodes
 from trainer.model.initialise import initialise_layer
 from trainer.model.layer import SourceLayer
@@ -144,7 +145,7 @@ class _Bench:
         if self.spec.is_topk:
             codes = LayerCodes(*selection, self.spec.n_features)
             return self.layer.dense_codes_into(y_BTD, codes, self.x_BD, self.runtime)
-        return self.layer.dense_into(y_BTD, self.x_BD, None, 1.0, self.runtime).y_BTD
+        return self.layer.dense_into(y_BTD, self.x_BD, None, 1.0, IdentityCollectives(), self.runtime).y_BTD
 
     def _seconds(self, run: Callable[[Selection], Tensor], selection: Selection) -> float:
         self.layer.zero_grad(set_to_none=True)

@@ -8,11 +8,13 @@ Only entries with pre > 0 are candidates; a = pre where selected, else 0. Score:
     batchtopk  the k * B largest of a layer, or the k * L * B largest over all layers, over the microbatch
 
 Ties: the smallest (token, layer, feature). Layers are encoded one at a time; selection over all layers keeps the best
-entries so far, which is exact because the order is total.
+entries so far, which is exact because the order is total. For the same reason, where features or tokens are spread over
+devices, each finds the best of its own and the collectives cut these to the best of all.
 
 Legend: B tokens, L layers, F features, K = k * L entries of a token.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.encode_topk import Selection
 from trainer.kernels.selection import topk_rows
+from trainer.model.collectives import Collectives
 from trainer.model.layer import SourceLayer
 from trainer.model.runtime import Runtime
 
@@ -34,18 +37,43 @@ def select_layer(
     norm_F: Tensor | None,
     max_density: float,
     runtime: Runtime,
+    running_threshold: Tensor,
+    collectives: Collectives,
 ) -> Selection | None:
-    """Selection within one layer by the rule `kind`; None: relu or jumprelu with a share above `max_density`."""
+    """Selection within one layer by the rule `kind`; None: relu or jumprelu with a share above `max_density`.
+
+    running_threshold: of batchtopk, 0-dim; where the selection spans devices, they look above it first.
+    """
     if kind == "topk":
-        return layer.select_topk(x_BD, k, norm_F, runtime)
+        return cut_to_best(layer.select_topk(x_BD, k, norm_F, runtime), norm_F, k, layer.n_features, collectives)
     if kind == "batchtopk":
-        n_tokens = x_BD.shape[0]
-        found = layer.select_candidates(x_BD, k * n_tokens, float("-inf"), norm_F, runtime)
-        return _as_selection(found, n_tokens, layer.spec.n_features)
+        alone = collectives.partitioning.size * collectives.data_size == 1
+        hint = math.nan if alone else float(running_threshold)
+        return _batchtopk_over_layers([layer], x_BD[:, None], k, [norm_F], runtime, hint, collectives)[0]
+    # A device with more than this many alone has more than the limit of all of them.
+    max_density = min(1.0, max_density * collectives.partitioning.size)
     if layer.log_threshold is not None:
         bandwidth = layer.spec.bandwidth if torch.is_grad_enabled() else 0.0
         return layer.select_above(x_BD, layer.theta(), bandwidth, max_density, runtime)
     return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
+
+
+def cut_to_best(
+    found: Selection, norm_F: Tensor | None, k: int, n_features: int, collectives: Collectives
+) -> Selection:
+    """Per token the k best entries over all devices, of each device's k best among its `n_features`."""
+    if collectives.partitioning.size == 1:
+        return found
+    width, counts_B = min(k, n_features), found.offsets.diff()
+    scores_N = found.values if norm_F is None else found.values * norm_F[found.feature_ids]
+    kept_BK = collectives.cut_rows(_padded(found, scores_N, width, float("-inf")), counts_B[:, None], k)
+    if kept_BK is None:
+        return found
+    filled_BK = torch.arange(width, device=counts_B.device) < counts_B[:, None]
+    kept_BK &= filled_BK
+    kept_N = kept_BK[filled_BK]
+    offsets = functional.pad(kept_BK.sum(dim=1).cumsum(0), (1, 0))
+    return Selection(offsets, found.feature_ids[kept_N], found.values[kept_N])
 
 
 # Share of the running threshold that a batch's own seldom falls below.
@@ -60,13 +88,14 @@ def select_all_layers(
     norms: Sequence[Tensor | None],
     runtime: Runtime,
     running_threshold: float,
+    collectives: Collectives,
 ) -> list[Selection]:
     """Selection with one budget over all layers. running_threshold (or NaN): of batchtopk, where to look first; the
     selection does not depend on it.
     """
     if kind == "topk":
-        return _topk_over_layers(layers, x_BLD, k * len(layers), norms, runtime)
-    return _batchtopk_over_layers(layers, x_BLD, k * len(layers), norms, runtime, running_threshold)
+        return _topk_over_layers(layers, x_BLD, k * len(layers), norms, runtime, collectives)
+    return _batchtopk_over_layers(layers, x_BLD, k * len(layers), norms, runtime, running_threshold, collectives)
 
 
 def _batchtopk_over_layers(
@@ -76,14 +105,21 @@ def _batchtopk_over_layers(
     norms: Sequence[Tensor | None],
     runtime: Runtime,
     running_threshold: float,
+    collectives: Collectives,
 ) -> list[Selection]:
-    n_tokens, n = x_BLD.shape[0], k_total * x_BLD.shape[0]
+    n_tokens, n_features = x_BLD.shape[0], layers[0].n_features
+    n = k_total * n_tokens * collectives.data_size
     # Entries far below the running threshold hardly win: a floor spares work. Where too few reach it, all over again.
     floor = _HINT_SHARE * running_threshold if running_threshold > 0 else float("-inf")
     best = _best_over_layers(layers, x_BLD, n, norms, runtime, floor)
-    if floor > 0 and sum(found.scores.numel() for found in best) < n:
+    total = collectives.count_all(sum(found.scores.numel() for found in best))
+    if floor > 0 and total < n:
         best = _best_over_layers(layers, x_BLD, n, norms, runtime, float("-inf"))
-    return [_as_selection(found, n_tokens, layers[0].spec.n_features) for found in best]
+        total = collectives.count_all(sum(found.scores.numel() for found in best))
+    masks = collectives.cut_batch(best, n, total, n_tokens, n_features)
+    if masks is not None:
+        best = [found.keep(mask) for found, mask in zip(best, masks, strict=True)]
+    return [_as_selection(found, n_tokens, n_features) for found in best]
 
 
 def _best_over_layers(
@@ -100,7 +136,7 @@ def _best_over_layers(
         best.append(layer.select_candidates(x_BLD[:, s], n, floor, norms[s], runtime))
         room = n if layer is layers[-1] or floor == float("-inf") else 2 * n
         if sum(found.scores.numel() for found in best) > room:
-            masks = runtime.kernels.batch_threshold(best, n, layer.spec.n_features)
+            masks = runtime.kernels.batch_threshold(best, n, layer.n_features)
             best = [found.keep(mask) for found, mask in zip(best, masks, strict=True)]
             floor = _smallest(best)
     return best
@@ -117,12 +153,17 @@ def _as_selection(found: Candidates, n_tokens: int, n_features: int) -> Selectio
 
 
 def _topk_over_layers(
-    layers: Sequence[SourceLayer], x_BLD: Tensor, k_total: int, norms: Sequence[Tensor | None], runtime: Runtime
+    layers: Sequence[SourceLayer],
+    x_BLD: Tensor,
+    k_total: int,
+    norms: Sequence[Tensor | None],
+    runtime: Runtime,
+    collectives: Collectives,
 ) -> list[Selection]:
     n_tokens = x_BLD.shape[0]
     scores_BK = x_BLD.new_zeros(n_tokens, 0)
     values_BK, places_BK = scores_BK, torch.zeros(n_tokens, 0, dtype=torch.int64, device=x_BLD.device)
-    n_features = layers[0].spec.n_features
+    n_features = layers[0].n_features
     for s, layer in enumerate(layers):
         found = layer.select_topk(x_BLD[:, s], min(k_total, n_features), norms[s], runtime)
         width = min(k_total, n_features)
@@ -133,7 +174,23 @@ def _topk_over_layers(
         places_BK = torch.cat([places_BK, _padded(found, found.feature_ids + s * n_features, width, -1)], dim=1)
         columns_BK = topk_rows(scores_BK, k_total, floor=float("-inf"))
         scores_BK, values_BK, places_BK = (t.gather(1, columns_BK) for t in (scores_BK, values_BK, places_BK))
+    if collectives.partitioning.size > 1:
+        places_BK = _cut_places(scores_BK, places_BK, k_total, len(layers), n_features, collectives)
     return [_layer_part(places_BK, values_BK, s, n_features) for s in range(len(layers))]
+
+
+def _cut_places(
+    scores_BK: Tensor, places_BK: Tensor, k_total: int, n_layers: int, n_features: int, collectives: Collectives
+) -> Tensor:
+    """The places with -1 where an entry is not among the k_total best of its token over all devices."""
+    # Empty columns go to the end, so that the layer of every other follows from the counts.
+    order_BK = torch.where(places_BK < 0, n_layers * n_features, places_BK).argsort(dim=1, stable=True)
+    layers_BK = places_BK // n_features
+    counts_BL = torch.stack([(layers_BK == s).sum(dim=1) for s in range(n_layers)], dim=1)
+    kept_BK = collectives.cut_rows(scores_BK.gather(1, order_BK), counts_BL, k_total)
+    if kept_BK is None:
+        return places_BK
+    return torch.where(torch.zeros_like(kept_BK).scatter(1, order_BK, kept_BK), places_BK, -1)
 
 
 def _padded(found: Selection, entries_N: Tensor, width: int, fill: float) -> Tensor:

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from trainer.kernels.dispatch import Kernels, check_name, kernels
 from trainer.kernels.encode_topk import Selection
 from trainer.model.activation import select_all_layers, select_layer
-from trainer.model.collectives import Collectives, IdentityCollectives
+from trainer.model.collectives import Collectives, IdentityCollectives, Partition, exchanged
 from trainer.model.features import LayerCodes, SparseFeatures
 from trainer.model.initialise import initialise_layer, set_density
 from trainer.model.layer import SourceLayer
 from trainer.model.runtime import FusedUpdates, GradientBuffers, Runtime
 from trainer.model.spec import ModelSpec
+
+_BY_FEATURE = Partition(feature_dim=1)
+_SIDES = {"input": Partition(), "target": Partition(column_dim=1)}
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -35,13 +38,19 @@ class CrossLayerTranscoder(nn.Module):
     Args:
         spec: shape and behaviour.
         seed: of the initialisation (drawn on the CPU, layer after layer).
-        collectives: sums over a device mesh; the default is one device.
+        collectives: sums over a device mesh, and which part of everything this device holds; the default is one device,
+            which holds all.
         backend: of the kernels: auto, reference, cpu, triton. What runs is resolved where the model lies when it is
             used, so that `model.to(device)` may follow.
 
     Buffers (all part of checkpoints): input_shift_LD, input_scale_LD, target_shift_LD, target_scale_LD;
     threshold_LF, the inference rule in units of the pre-activation, NaN until calibrated; running_threshold_L, the
     batchtopk training threshold in units of the score, NaN before the first step; tokens_since_active_LF (int64).
+
+    On a mesh every parameter and buffer is this device's part (`partitions` says of which dims): F features of its own,
+    and with decoders split by columns D columns of its own in y, targets, b_dec and the rows of W_dec. Rows of mlp_in
+    are whole. Codes, thresholds and norms are those of its own features, and what needs all of them (decoding, a
+    selection, a loss) asks the collectives; all ranks of a mesh must then call the same methods in the same order.
     """
 
     input_shift_LD: Tensor
@@ -61,14 +70,16 @@ class CrossLayerTranscoder(nn.Module):
         check_name(backend)
         self.backend = backend
         self.gradient_buffers, self.fused_updates = GradientBuffers(), FusedUpdates()
-        self.layers = nn.ModuleList(SourceLayer(spec, index) for index in range(spec.n_layers))
+        part = self.collectives.partitioning
+        self.layers = nn.ModuleList(SourceLayer(spec, index, part) for index in range(spec.n_layers))
         generator = torch.Generator().manual_seed(seed)
         for layer in self.source_layers:
-            initialise_layer(layer, spec, generator)
-        shape_LD, shape_LF = (spec.n_layers, spec.d_model), (spec.n_layers, spec.n_features)
+            initialise_layer(layer, spec, generator, part)
+        shape_LD, shape_LF = (spec.n_layers, spec.d_model), part.shape((spec.n_layers, spec.n_features), _BY_FEATURE)
         for side in ("input", "target"):
-            self.register_buffer(f"{side}_shift_LD", torch.zeros(shape_LD))
-            self.register_buffer(f"{side}_scale_LD", torch.ones(shape_LD))
+            shape = part.shape(shape_LD, _SIDES[side])
+            self.register_buffer(f"{side}_shift_LD", torch.zeros(shape))
+            self.register_buffer(f"{side}_scale_LD", torch.ones(shape))
         self.register_buffer("threshold_LF", torch.full(shape_LF, torch.nan))
         self.register_buffer("running_threshold_L", torch.full((spec.n_layers,), torch.nan))
         self.register_buffer("tokens_since_active_LF", torch.zeros(shape_LF, dtype=torch.int64))
@@ -85,6 +96,23 @@ class CrossLayerTranscoder(nn.Module):
         """The source layers, in order."""
         return cast(list[SourceLayer], list(self.layers))
 
+    def partitions(self) -> dict[str, Partition]:
+        """How every parameter and buffer may be split, by its name."""
+        found = {f"{side}_{kind}_LD": partition for side, partition in _SIDES.items() for kind in ("shift", "scale")}
+        found |= {
+            "threshold_LF": _BY_FEATURE,
+            "tokens_since_active_LF": _BY_FEATURE,
+            "running_threshold_L": Partition(),
+        }
+        for name, parameter in self.named_parameters():
+            found[name] = parameter.partition  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def n_features(self) -> int:
+        """F: features of a layer that this device encodes (all `spec.n_features` of them on a single device)."""
+        return self.threshold_LF.shape[1]
+
     @property
     def kernels(self) -> Kernels:
         """The kernels that run where the model lies now.
@@ -100,18 +128,25 @@ class CrossLayerTranscoder(nn.Module):
     def set_scaling(
         self, input_shift_LD: Tensor, input_scale_LD: Tensor, target_shift_LD: Tensor, target_scale_LD: Tensor
     ) -> None:
-        """Fill the scaling buffers (see `trainer.model.scaling.shift_and_scale`)."""
+        """Fill the scaling buffers from whole tensors (see `trainer.model.scaling.shift_and_scale`)."""
         self.input_shift_LD.copy_(input_shift_LD)
         self.input_scale_LD.copy_(input_scale_LD)
-        self.target_shift_LD.copy_(target_shift_LD)
-        self.target_scale_LD.copy_(target_scale_LD)
+        self.target_shift_LD.copy_(self.local_columns(target_shift_LD))
+        self.target_scale_LD.copy_(self.local_columns(target_scale_LD))
+
+    def local_columns(self, whole: Tensor) -> Tensor:
+        """(..., d_model) -> the columns of targets and y that this device holds, a view."""
+        return self.collectives.partitioning.local(whole, Partition(column_dim=whole.ndim - 1))
 
     @torch.no_grad()
     def initialise_from_data(
         self, target_mean_LD: Tensor, mlp_in_BLD: Tensor | None = None, initial_density: float | None = None
     ) -> None:
-        """b_dec = mean of the scaled targets; with `initial_density`, b_enc from the raw rows `mlp_in_BLD`."""
-        mean_LD = (target_mean_LD.to(self.target_shift_LD) - self.target_shift_LD) * self.target_scale_LD
+        """b_dec = mean of the scaled targets (L, d_model); `initial_density`: b_enc from raw rows `mlp_in_BLD` (the
+        same on all ranks).
+        """
+        mean_LD = self.local_columns(target_mean_LD.to(self.target_shift_LD))
+        mean_LD = (mean_LD - self.target_shift_LD) * self.target_scale_LD
         for layer, mean_D in zip(self.source_layers, mean_LD, strict=True):
             layer.b_dec.copy_(mean_D)
         if initial_density is None:
@@ -148,9 +183,9 @@ class CrossLayerTranscoder(nn.Module):
     # --- norms and thresholds ----------------------------------------------------------------------------------------
 
     def decoder_norm(self, layer: int, runtime: Runtime | None = None) -> Tensor:
-        """(F) norm of each feature's decoder over all its targets."""
+        """(F) norm of each feature's decoder over all its targets and columns."""
         squares_F = self.source_layers[layer].squared_norms(runtime if runtime is not None else self._runtime())
-        squares_F = self.collectives.sum_features(squares_F)
+        squares_F = self.collectives.sum_to_owners(squares_F)
         # The clamp keeps the gradient of a zero row at 0 instead of 0 * inf. NaN stays: a broken row must show.
         tiny = torch.finfo(squares_F.dtype).tiny
         return torch.where(squares_F == 0, 0.0, squares_F.clamp_min(tiny).sqrt())
@@ -195,7 +230,7 @@ class CrossLayerTranscoder(nn.Module):
 
         A feature whose decoder norm is 0 has score 0, which is above no tau: it gets the largest finite number.
         """
-        tau_F = tau.expand(self.spec.n_features)
+        tau_F = tau.expand(self.n_features)
         if self.spec.score == "activation":
             return tau_F
         norm_F = self.decoder_norm(layer)
@@ -241,23 +276,42 @@ class CrossLayerTranscoder(nn.Module):
             source = self.source_layers[layer]
             found = source.select_above(x_BD, self.inference_threshold(layer), 0.0, 1.0, runtime)
             assert found is not None
-            codes = LayerCodes(found.offsets, found.feature_ids, found.values, self.spec.n_features)
-            return self.collectives.gather_codes(codes)
+            return LayerCodes(found.offsets, found.feature_ids, found.values, self.n_features)
 
     def decode_into(self, y_BTD: Tensor, layer: int, codes: LayerCodes, mlp_in_BD: Tensor | None = None) -> Tensor:
         """Add one source layer's contributions to y (B, T, D, scaled, contiguous) in place: its features' to all their
-        targets, b_dec and (with skip, from raw mlp_in) W_skip x to target `layer`. y[:, t] is complete after layer t.
+        targets, b_dec and (with skip, from raw mlp_in) W_skip x to target `layer`. y[:, t] is complete after layer t;
+        with decoders split by rows, after `complete` too.
         """
+        bias = not self.collectives.partitioning.rows_split
         with self.running() as runtime:
             x_BD = self.scale_input(layer, mlp_in_BD) if mlp_in_BD is not None else None
-            return self.source_layers[layer].decode_into(y_BTD, codes, x_BD, runtime)
+            codes = exchanged(self.collectives, codes)
+            return self.source_layers[layer].decode_into(y_BTD, codes, x_BD, runtime, bias=bias)
+
+    def complete(self, y_BTD: Tensor, x_BLD: Tensor | None, runtime: Runtime) -> Tensor:
+        """y when all layers are decoded, from this device's decoders -> from all; x scaled, for skip. With decoders
+        split by rows it adds what must be added once: b_dec and W_skip x.
+        """
+        y_BTD = self.collectives.combine_output(y_BTD)
+        if self.collectives.partitioning.rows_split:
+            for s, layer in enumerate(self.source_layers):
+                y_BTD = layer.add_bias(y_BTD, x_BLD[:, s] if x_BLD is not None else None, runtime)
+        return y_BTD
 
     def decode(self, features: SparseFeatures, mlp_in_BLD: Tensor | None = None) -> Tensor:
         """y_hat (B, T, D) in scaled units; differentiable. A skip transcoder needs the raw mlp_in too."""
         y_BTD = self.empty_output(features[0].n_tokens)
         for s, codes in enumerate(features.layers):
             y_BTD = self.decode_into(y_BTD, s, codes, mlp_in_BLD[:, s] if mlp_in_BLD is not None else None)
-        return self.collectives.combine_output(y_BTD)
+        return self._complete(y_BTD, mlp_in_BLD)
+
+    def _complete(self, y_BTD: Tensor, mlp_in_BLD: Tensor | None) -> Tensor:
+        """`complete` from raw inputs."""
+        if not self.collectives.partitioning.rows_split:
+            return y_BTD
+        with self.running() as runtime:
+            return self.complete(y_BTD, self.scale_inputs(mlp_in_BLD) if mlp_in_BLD is not None else None, runtime)
 
     def empty_output(self, n_tokens: int) -> Tensor:
         """(B, T, D) zeros to decode into."""
@@ -265,7 +319,8 @@ class CrossLayerTranscoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, mlp_in_BLD: Tensor, *, rule: str = "inference", chunk_tokens: int = 1024) -> Tensor:
-        """(B, T, D) reconstruction of mlp_out in RAW units from raw inputs; no gradient, any density.
+        """(B, T, D) reconstruction of mlp_out (this device's columns) in RAW units from raw inputs; no gradient, any
+        density.
 
         Works through `chunk_tokens` tokens at a time, but for batchtopk under the training rule, which selects over
         the batch given.
@@ -283,15 +338,16 @@ class CrossLayerTranscoder(nn.Module):
         y_BTD = self.empty_output(mlp_in_BLD.shape[0])
         for s in range(self.spec.n_layers):
             y_BTD = self.decode_into(y_BTD, s, self.encode_layer(s, mlp_in_BLD[:, s]), mlp_in_BLD[:, s])
-        return self.collectives.combine_output(y_BTD)
+        return self._complete(y_BTD, mlp_in_BLD)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def select(
         self, x_BLD: Tensor, runtime: Runtime, *, k: int | None, max_density: float = 1.0, per_token: bool = False
-    ) -> list[Selection | None]:
-        """Training rule on scaled inputs, no gradient: per layer what is selected; None where relu or jumprelu exceeds
-        `max_density`. per_token: batchtopk selects per token, as topk does.
+    ) -> Iterator[Selection | None]:
+        """Training rule on scaled inputs, no gradient: per layer what is selected of this device's features, encoded as
+        it is asked for; None where relu or jumprelu certainly exceeds `max_density`, over all features. per_token:
+        batchtopk selects per token, as topk does.
         """
         kind = "topk" if per_token and self.spec.kind == "batchtopk" else self.spec.kind
         k = self.spec.k if k is None else k
@@ -300,11 +356,22 @@ class CrossLayerTranscoder(nn.Module):
             norms = list(self.decoder_norms())
         if self.spec.is_topk and self.spec.scope == "all_layers":
             threshold = float(self.running_threshold_L[0]) if kind == "batchtopk" else math.nan
-            return list(select_all_layers(kind, self.source_layers, x_BLD, k, norms, runtime, threshold))
-        return [
-            select_layer(kind, layer, x_BLD[:, s], k, norms[s], max_density, runtime)
-            for s, layer in enumerate(self.source_layers)
-        ]
+            yield from select_all_layers(
+                kind, self.source_layers, x_BLD, k, norms, runtime, threshold, self.collectives
+            )
+            return
+        for s, layer in enumerate(self.source_layers):
+            yield select_layer(
+                kind,
+                layer,
+                x_BLD[:, s],
+                k,
+                norms[s],
+                max_density,
+                runtime,
+                self.running_threshold_L[s],
+                self.collectives,
+            )
 
     @contextmanager
     def running(self) -> Iterator[Runtime]:
@@ -331,10 +398,11 @@ class CrossLayerTranscoder(nn.Module):
     ) -> None:
         """Update the dead-feature state and the running threshold after one optimizer step.
 
-        fired: per layer (F) bool, any microbatch of the step; n_tokens: global tokens of the step.
+        fired: per layer (F) bool, any microbatch of the step on this rank (or-ed over the data axis here); n_tokens:
+        global tokens of the step.
         batch_threshold_L: smallest selected score per layer, mean over the step's microbatches (batchtopk; else None).
         """
-        fired_LF = torch.stack(fired)
+        fired_LF = self.collectives.any_data(torch.stack(fired))
         self.tokens_since_active_LF += n_tokens
         self.tokens_since_active_LF.masked_fill_(fired_LF, 0)
         if batch_threshold_L is None:

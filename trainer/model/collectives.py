@@ -59,6 +59,11 @@ class Partitioning:
         each = length // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def shape(self, whole: tuple[int, ...], partition: Partition) -> tuple[int, ...]:
+        """The shape of this rank's part of a parameter of shape `whole`."""
+        dim = self.split_dim(partition)
+        return tuple(length // self.size if at == dim else length for at, length in enumerate(whole))
+
     def local(self, tensor: Tensor, partition: Partition) -> Tensor:
         """This rank's part of a whole parameter, a view."""
         dim = self.split_dim(partition)
@@ -142,21 +147,20 @@ class Collectives(Protocol):
         None: all of them (they are few enough). Ties: the smallest (layer, feature).
         """
 
-    def cut_batch(self, layers: Sequence[Candidates], n: int, n_tokens: int, n_features: int) -> list[Tensor] | None:
+    def cut_batch(
+        self, layers: Sequence[Candidates], n: int, total: int, n_tokens: int, n_features: int
+    ) -> list[Tensor] | None:
         """Masks over this device's candidates of each layer: those among the n best over both axes; None: all of them.
 
-        n_tokens, n_features: this device's, as in the candidates' positions. Ties: the smallest (global token, layer,
-        feature).
+        total: candidates over both axes. n_tokens, n_features: this device's, as in the candidates' positions. Ties:
+        the smallest (global token, layer, feature).
         """
 
     def count_all(self, n: int) -> int:
         """Sum over both axes of a number."""
 
-    def announce(self, selection: Selection | None) -> Exchange:
+    def announce(self, selection: Selection | LayerCodes | None) -> Exchange:
         """Begin the exchange of a layer's codes with their numbers; None where they are too many to be kept."""
-
-    def gather_codes(self, codes: LayerCodes) -> LayerCodes:
-        """Codes of this device's features -> codes of every feature that this device decodes."""
 
     def gather_block(self, a_Bf: Tensor) -> list[Tensor]:
         """Dense path: the same block of every device's features, for the decoder columns of this one; no autograd."""
@@ -171,7 +175,7 @@ class Collectives(Protocol):
 class _Here:
     """The exchange of a single device."""
 
-    def __init__(self, selection: Selection | None) -> None:
+    def __init__(self, selection: Selection | LayerCodes | None) -> None:
         self._count = None if selection is None else selection.values.numel()
         self._codes: LayerCodes | None = None
 
@@ -232,7 +236,9 @@ class IdentityCollectives:
         """See Collectives."""
         return None
 
-    def cut_batch(self, layers: Sequence[Candidates], n: int, n_tokens: int, n_features: int) -> list[Tensor] | None:
+    def cut_batch(
+        self, layers: Sequence[Candidates], n: int, total: int, n_tokens: int, n_features: int
+    ) -> list[Tensor] | None:
         """See Collectives."""
         return None
 
@@ -240,7 +246,7 @@ class IdentityCollectives:
         """See Collectives."""
         return n
 
-    def announce(self, selection: Selection | None) -> Exchange:
+    def announce(self, selection: Selection | LayerCodes | None) -> Exchange:
         """See Collectives."""
         return _Here(selection)
 
@@ -256,6 +262,10 @@ class IdentityCollectives:
         """See Collectives."""
         return y_BTD
 
-    def gather_codes(self, codes: LayerCodes) -> LayerCodes:
-        """The codes themselves."""
-        return codes
+
+def exchanged(collectives: Collectives, codes: LayerCodes) -> LayerCodes:
+    """Codes of this device's features -> codes of every feature that it decodes, at once; differentiable."""
+    exchange = collectives.announce(codes)
+    exchange.total()
+    exchange.send(codes)
+    return exchange.receive()

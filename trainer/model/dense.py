@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from trainer.kernels.encode_topk import pre_activations
+from trainer.model.collectives import Collectives
 from trainer.model.functions import (
     add_bias_and_skip,
     bias_and_skip_gradients,
@@ -39,7 +40,9 @@ def feature_blocks(n_features: int) -> list[slice]:
 class DenseLayer(Function):
     """One source layer, dense: arguments as in EncodeValues and DecodeInto; `norm_F`, `c` as in TanhPenalty.
 
-    relu is the case of theta = 0 without log_threshold. Outputs: see DenseOutput.
+    relu is the case of theta = 0 without log_threshold. Outputs: see DenseOutput. Where decoders are split by columns,
+    a block's activations go to all devices, in the forward and again in the backward pass, and a gradient for each
+    comes back.
     """
 
     @staticmethod
@@ -57,6 +60,7 @@ class DenseLayer(Function):
         c: float,
         targets: range,
         bandwidth: float,
+        collectives: Collectives,
         runtime: Runtime,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y_BC, rows_FC, dtype = columns(y_BTD, targets), W_dec.flatten(1), runtime.compute_dtype
@@ -71,10 +75,12 @@ class DenseLayer(Function):
             a_Bf.mul_(active_Bf)
             if norm_F is not None:
                 tanh_sum += torch.tanh(c * norm_F[f] * a_Bf).sum()
-            y_BC += a_Bf.to(dtype) @ rows_FC[f].to(dtype)
+            for owner, part_Bf in enumerate(collectives.gather_block(a_Bf.to(dtype))):
+                y_BC += part_Bf @ rows_FC[owned(f, owner, W_enc)].to(dtype)
         add_bias_and_skip(y_BTD[:, targets.start], b_dec, W_skip, x_BD, dtype)
         ctx.save_for_backward(x_BD, W_enc, b_enc, theta_F, norm_F)
         ctx.weight, ctx.targets, ctx.runtime, ctx.bandwidth, ctx.c = W_dec, targets, runtime, bandwidth, c
+        ctx.collectives = collectives
         ctx.has_bias, ctx.has_skip, ctx.has_theta = b_dec is not None, W_skip is not None, log_threshold_F is not None
         ctx.mark_dirty(y_BTD)
         ctx.mark_non_differentiable(fired_F)
@@ -94,15 +100,19 @@ class DenseLayer(Function):
         grad_norm = torch.empty_like(norm_F) if norm_F is not None else None
         for f in feature_blocks(W_enc.shape[0]):
             pre_Bf = pre_activations(x_BD, W_enc[f], b_enc[f], dtype)
-            grad_Bf = (grad_BC @ rows_FC[f].to(dtype).t()).to(x_BD.dtype)
             active_Bf = ~(pre_Bf <= theta_F[f])
             band_Bf = (pre_Bf - theta_F[f]).abs() < ctx.bandwidth / 2
             a_Bf = pre_Bf.mul_(active_Bf)
-            product = (a_Bf.to(dtype).t() @ grad_BC).to(x_BD.dtype)
-            if accumulate:
-                grad_W_dec.flatten(1)[f] += product
-            else:
-                grad_W_dec.flatten(1)[f] = product
+            parts = []
+            for owner, part_Bf in enumerate(ctx.collectives.gather_block(a_Bf.to(dtype))):
+                rows = owned(f, owner, W_enc)
+                parts.append((grad_BC @ rows_FC[rows].to(dtype).t()).to(x_BD.dtype))
+                product = (part_Bf.t() @ grad_BC).to(x_BD.dtype)
+                if accumulate:
+                    grad_W_dec.flatten(1)[rows] += product
+                else:
+                    grad_W_dec.flatten(1)[rows] = product
+            grad_Bf = ctx.collectives.sum_block(parts)
             if norm_F is not None and grad_norm is not None:
                 slope_Bf = torch.tanh(a_Bf * (ctx.c * norm_F[f])).square_().neg_().add_(1).mul_(grad_tanh * ctx.c)
                 grad_norm[f] = (slope_Bf * a_Bf).sum(dim=0)
@@ -116,4 +126,10 @@ class DenseLayer(Function):
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         written = None if runtime.buffers.enabled else grad_W_dec
         head = (grad_BTD, None, grad_W_enc, grad_b_enc, grad_log_theta, written, grad_b, grad_skip, grad_norm)
-        return (*head, None, None, None, None)
+        return (*head, None, None, None, None, None)
+
+
+def owned(features: slice, owner: int, W_enc: Tensor) -> slice:
+    """Where the features of a block of device `owner` stand in the rows of a decoder that holds those of all."""
+    start = owner * W_enc.shape[0]
+    return slice(start + features.start, start + features.stop)

@@ -92,15 +92,67 @@ class DenseCodes(Function):
         return grad_BTD, None, grad_W_enc, grad_b_enc, written, grad_b, grad_skip, None, None, None
 
 
-def _activations(codes: LayerCodes, block: Block, dtype: torch.dtype) -> Tensor:
-    """(b, F) activations of the tokens of a block."""
+class DenseDecode(Function):
+    """As DecodeInto, by matrix products: arguments and gradients are the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_BTD: Tensor,
+        values_N: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        W_skip: Tensor | None,
+        x_BD: Tensor | None,
+        codes: LayerCodes,
+        targets: range,
+        runtime: Runtime,
+    ) -> Tensor:
+        y_BC, dtype = columns(y_BTD, targets), runtime.compute_dtype
+        codes, rows_FC = codes.detach(), W_dec.flatten(1).to(dtype)
+        for block in token_blocks(codes):
+            _multiply(y_BC[block.tokens], _activations(codes, block, dtype), rows_FC, accumulate=True)
+        add_bias_and_skip(y_BTD[:, targets.start], b_dec, W_skip, x_BD, dtype)
+        ctx.save_for_backward(x_BD)
+        ctx.weight, ctx.codes, ctx.targets, ctx.runtime = W_dec, codes, targets, runtime
+        ctx.has_bias, ctx.has_skip = b_dec is not None, W_skip is not None
+        ctx.mark_dirty(y_BTD)
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BTD,) = grads
+        (x_BD,) = ctx.saved_tensors
+        codes: LayerCodes = ctx.codes
+        dtype = ctx.runtime.compute_dtype
+        grad_BC = columns(grad_BTD, ctx.targets).to(dtype)
+        rows_FC = ctx.weight.detach().flatten(1).to(dtype)
+        grad_W_dec, accumulate = gradient_target(ctx.weight, ctx.runtime)
+        grad_N = torch.empty_like(codes.values)
+        for block in token_blocks(codes):
+            b = block.tokens
+            a_bF = _activations(codes, block, dtype)
+            _multiply(grad_W_dec.flatten(1), a_bF.t(), grad_BC[b], accumulate=accumulate or b.start > 0)
+            torch.mm(grad_BC[b], rows_FC.t(), out=a_bF)
+            grad_N[block.entries] = a_bF.view(-1)[_places(codes, block)].to(grad_N.dtype)
+        grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
+        written = None if ctx.runtime.buffers.enabled else grad_W_dec
+        return grad_BTD, grad_N, written, grad_b, grad_skip, None, None, None, None
+
+
+def _places(codes: LayerCodes, block: Block) -> Tensor:
+    """(n) places of a block's entries in its flat (b, F) activations."""
     n_tokens, n_entries = block.tokens.stop - block.tokens.start, block.entries.stop - block.entries.start
     counts_b = codes.offsets[block.tokens.start : block.tokens.stop + 1].diff()
     row_starts_b = torch.arange(n_tokens, device=counts_b.device) * codes.n_features
     places_n = row_starts_b.repeat_interleave(counts_b, output_size=n_entries)
-    places_n += codes.feature_ids[block.entries]
-    a_bF = codes.values.new_zeros(n_tokens, codes.n_features, dtype=dtype)
-    a_bF.view(-1)[places_n] = codes.values[block.entries].to(dtype)
+    return places_n.add_(codes.feature_ids[block.entries])
+
+
+def _activations(codes: LayerCodes, block: Block, dtype: torch.dtype) -> Tensor:
+    """(b, F) activations of the tokens of a block."""
+    a_bF = codes.values.new_zeros(block.tokens.stop - block.tokens.start, codes.n_features, dtype=dtype)
+    a_bF.view(-1)[_places(codes, block)] = codes.values[block.entries].to(dtype)
     return a_bF
 
 

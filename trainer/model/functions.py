@@ -136,6 +136,32 @@ class DecodeInto(Function):
         return grad_BTD, grad_N, grad_W, grad_b, grad_skip, None, None, None, None
 
 
+class AddBias(Function):
+    """y[:, target] += b_dec + x W_skip^T, in place; W_skip may be None. The gradient of y passes through unchanged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_BTD: Tensor,
+        bias_D: Tensor,
+        skip_DD: Tensor | None,
+        x_BD: Tensor | None,
+        target: int,
+        runtime: Runtime,
+    ) -> Tensor:
+        add_bias_and_skip(y_BTD[:, target], bias_D, skip_DD, x_BD, runtime.compute_dtype)
+        ctx.save_for_backward(x_BD)
+        ctx.target, ctx.runtime, ctx.has_bias, ctx.has_skip = target, runtime, True, skip_DD is not None
+        ctx.mark_dirty(y_BTD)
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_BD,) = ctx.saved_tensors
+        grad_b, grad_skip = bias_and_skip_gradients(grads[0][:, ctx.target], ctx, x_BD)
+        return grads[0], grad_b, grad_skip, None, None, None
+
+
 def columns(y_BTD: Tensor, targets: range) -> Tensor:
     """(B, span * D) view of the target layers of a contiguous (B, T, D) tensor."""
     return y_BTD.flatten(1)[:, targets.start * y_BTD.shape[2] : targets.stop * y_BTD.shape[2]]

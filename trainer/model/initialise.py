@@ -9,21 +9,29 @@ Legend: B sampled tokens, D d_model, F features.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer.model.collectives import Partitioning
 from trainer.model.layer import SourceLayer
 from trainer.model.spec import ModelSpec
 
 
 @torch.no_grad()
-def initialise_layer(layer: SourceLayer, spec: ModelSpec, generator: torch.Generator) -> None:
-    """Draw the parameters of one source layer; layers drawn in order from one CPU generator are reproducible."""
+def initialise_layer(
+    layer: SourceLayer, spec: ModelSpec, generator: torch.Generator, partitioning: Partitioning | None = None
+) -> None:
+    """Draw the parameters of one source layer; layers drawn in order from one CPU generator are reproducible, and those
+    of a device are a part of what a single device draws.
+    """
+    partitioning = partitioning if partitioning is not None else Partitioning()
+    n_features, d_model = spec.n_features, spec.d_model
     encoder_bound = spec.encoder_init_scale / math.sqrt(spec.n_features)
-    layer.W_enc.uniform_(-encoder_bound, encoder_bound, generator=generator)
+    _draw(layer.W_enc, (n_features, d_model), encoder_bound, generator, partitioning)
     layer.b_enc.zero_()
     if spec.decoder_init == "uniform":
         decoder_bound = 1 / math.sqrt(spec.n_layers * spec.d_model)
-        layer.W_dec.uniform_(-decoder_bound, decoder_bound, generator=generator)
+        shape = (n_features, len(layer.targets), d_model)
+        _draw(layer.W_dec, shape, decoder_bound, generator, partitioning)
     else:
         layer.W_dec.zero_()
     layer.b_dec.zero_()
@@ -31,6 +39,21 @@ def initialise_layer(layer: SourceLayer, spec: ModelSpec, generator: torch.Gener
         layer.log_threshold.fill_(math.log(spec.threshold_init))
     if layer.W_skip is not None:
         layer.W_skip.zero_()
+
+
+def _draw(
+    parameter: nn.Parameter,
+    whole: tuple[int, ...],
+    bound: float,
+    generator: torch.Generator,
+    partitioning: Partitioning,
+) -> None:
+    """Uniform within the bound; where a part is held, the whole is drawn first."""
+    if partitioning.size == 1:
+        parameter.uniform_(-bound, bound, generator=generator)
+        return
+    drawn = torch.empty(whole, dtype=parameter.dtype).uniform_(-bound, bound, generator=generator)
+    parameter.copy_(partitioning.local(drawn, parameter.partition))  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

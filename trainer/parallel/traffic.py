@@ -1,0 +1,69 @@
+"""The bytes that a rank sends for the model's sake in one microbatch, by kind; docs/parallel.md derives them.
+
+`python -m benchmarks.traffic` counts the real ones beside these. An all-reduce of n bytes over G ranks counts as
+2 (G - 1) / G n (a ring's), an exchange of equal parts as (G - 1) / G n, a gather as (G - 1) n.
+"""
+
+from dataclasses import dataclass
+
+from trainer.model.spec import ModelSpec
+from trainer.parallel.split import id_bytes
+
+# Bits of a float32 score that a round of batchtopk's search looks at.
+_ROUNDS = (11, 11, 9)
+_COUNTER_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """What the bytes depend on beside the model's shape.
+
+    tokens: of one rank's microbatch (B). entries: selected per token over all layers and ranks (E; of jumprelu those in
+    the band too). dense: layers that take the dense path. norms: decoder norms are needed, by a score (1) or by a
+    penalty, whose gradient goes back (2), or not (0). value_bytes: of activations and scores.
+    """
+
+    data: int
+    feature: int
+    by_columns: bool
+    tokens: int
+    entries: float
+    largest_count: int = 255
+    dense: int = 0
+    norms: int = 0
+    value_bytes: int = 4
+
+
+def model_bytes(spec: ModelSpec, shares: Shares) -> dict[str, float]:
+    """Sent by a rank, on average over the ranks, for each token of its microbatch: by kind."""
+    ranks, tokens, value = shares.feature, shares.tokens, shares.value_bytes
+    others, n_layers = (ranks - 1) / ranks, spec.n_layers
+    sparse = n_layers - shares.dense
+    found: dict[str, float] = {}
+    if ranks > 1:
+        found["numbers of codes"] = 16 * (ranks - 1) * n_layers / tokens
+    if shares.by_columns and ranks > 1:
+        ids, count = id_bytes(spec.n_features // ranks), 1 if shares.largest_count < 2**8 else 2
+        found["codes"] = others * shares.entries * (value + ids) + (ranks - 1) * sparse * count
+        found["gradients of codes"] = others * shares.entries * value
+        found["dense activations"] = 3 * others * shares.dense * spec.n_features * value
+        found["norms"] = shares.norms * others * n_layers * spec.n_features * value / tokens
+    elif ranks > 1:
+        found["y_hat"] = 2 * others * n_layers * spec.d_model * value
+    found["selection"] = _selection_bytes(spec, shares)
+    return {kind: n_bytes for kind, n_bytes in found.items() if n_bytes}
+
+
+def _selection_bytes(spec: ModelSpec, shares: Shares) -> float:
+    own, over = spec.n_features // shares.feature, spec.n_layers if spec.scope == "layer" else 1
+    if spec.kind == "topk":
+        width = min(spec.k, own) if spec.scope == "layer" else min(spec.k, own) * spec.n_layers
+        places = 0 if spec.scope == "layer" else 4 * spec.n_layers
+        each = width * shares.value_bytes + places + _COUNTER_BYTES
+        return (shares.feature - 1) / shares.feature * over * each
+    if spec.kind == "batchtopk":
+        world = shares.data * shares.feature
+        counters = sum(2**bits for bits in _ROUNDS) * _COUNTER_BYTES
+        rounds: float = 2 * (world - 1) / world * over * counters / shares.tokens
+        return rounds
+    return 0.0
