@@ -8,16 +8,18 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from activation_store.buffers import Buffers
+from activation_store.chunks import RowChunk
 from activation_store.files import Pieces
-from activation_store.layout import ArrayLayout
-from activation_store.order import Pool, PoolPart, ShuffleOrder
+from activation_store.layout import ArrayLayout, StoreLayout
+from activation_store.order import LaneOrder, Pool, PoolPart
+from activation_store.places import Place
 from activation_store.shards import ShardFile
-from activation_store.store import ActivationStore
+from activation_store.statistics import BoolRows
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
 # Shards that are kept open.
@@ -36,6 +38,27 @@ class StoredBatch:
     rows: IntRows
 
 
+class _Chunks(Protocol):
+    def __getitem__(self, number: int, /) -> RowChunk: ...
+
+
+class _Used(Protocol):
+    def mask(self, chunk: int, rows: int, /) -> BoolRows: ...
+
+
+class ReadableStore(Protocol):
+    """What is read of a store: the chunks whose numbers the order gives, and which of their rows are used."""
+
+    @property
+    def path(self) -> Place: ...
+    @property
+    def layout(self) -> StoreLayout: ...
+    @property
+    def chunks(self) -> _Chunks: ...
+    @property
+    def used(self) -> _Used: ...
+
+
 @dataclass(slots=True)
 class _Lane:
     """What a lane has been asked for: up to place `next_t`; pools in flight by their first place."""
@@ -50,8 +73,8 @@ class Assembler:
 
     def __init__(
         self,
-        store: ActivationStore,
-        order: ShuffleOrder,
+        store: ReadableStore,
+        order: LaneOrder,
         *,
         executor: Executor,
         buffers: Buffers,
@@ -102,6 +125,10 @@ class Assembler:
                 lane.pending.popleft()
         return self._batches.pop(number)
 
+    def forget(self, shard: int) -> None:
+        """Closes the files of shards before `shard`: what is deleted takes no room then."""
+        self._shards.forget(shard)
+
     def _begin(self, lane: int, pool: Pool) -> Iterator[Future[None]]:
         first, last = max(self._first, pool.start // self._each), (pool.stop - 1) // self._each
         for number in range(first, last + 1):
@@ -129,7 +156,7 @@ class Assembler:
             for array in group
         }
         rows = self._buffers.take((self._share,), np.dtype(np.int64), keep=self._keep)
-        return StoredBatch(number * self._batch_rows // self._order.rows_per_epoch, columns, rows)
+        return StoredBatch(self._order.text_epoch(number * self._batch_rows), columns, rows)
 
     def _hint(self, chunk: int, array: ArrayLayout) -> None:
         place = self._store.chunks[chunk]
@@ -197,7 +224,7 @@ class _Target:
 class _OpenShards:
     """The shards that were read last, open."""
 
-    def __init__(self, store: ActivationStore) -> None:
+    def __init__(self, store: ReadableStore) -> None:
         self._store, self._lock = store, threading.Lock()
         self._files: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
 
@@ -214,6 +241,12 @@ class _OpenShards:
             while len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)
         return file
+
+    def forget(self, shard: int) -> None:
+        """Closes those before `shard`, once nobody reads from them."""
+        with self._lock:
+            for key in [key for key in self._files if key[1] < shard]:
+                del self._files[key]
 
 
 def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:

@@ -180,10 +180,11 @@ class StoreConfig:
 
 
 class SourceKind(StrEnum):
-    """Where batches come from: a store on disk, or the subject itself."""
+    """Where batches come from: a store on disk, the subject itself, or a store filled and emptied within a budget."""
 
     disk = "disk"
     live = "live"
+    rolling = "rolling"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,10 +206,11 @@ class SourceConfig:
     prefetch_bytes: int = 268_435_456
     # Threads that read, decompress and decode.
     threads: int = 1
-    # live: rows (tokens) from the beginning of the text that are harvested into the run folder before
+    # live, rolling: rows (tokens) from the beginning of the text that are harvested into the run folder before
     # training, with the held-out ones: scaling statistics, outliers, calibration and evaluation come from them.
     statistics_tokens: int = 65_536
-    # Processes that run the subject (of each rank); 0: a thread of the training process.
+    # Processes that run the subject (live: of each rank). 0: live, a thread of the training process; rolling, none, for
+    # `layerloom harvest source=rolling` is run beside training.
     harvesters: int = 0
     # Their devices, in turn; empty: training's. And torch's threads of each process.
     harvester_devices: list[str] = field(default_factory=list)
@@ -220,3 +222,7 @@ class SourceConfig:
     # live: batch n is a function of seed and n (for a text, subject, ring and number of harvesters), and a run resumes
     # exactly; false: rows are drawn as they come.
     deterministic: bool = False
+    # rolling: bytes that the store may take on disk, and windows (store.window_bytes) whose rows are mixed with one
+    # another.
+    budget_bytes: int = 100_000_000_000
+    mixed_windows: int = 4

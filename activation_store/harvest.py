@@ -42,6 +42,7 @@ from activation_store.plan import (
     needed_bytes,
 )
 from activation_store.progress import Progress, human_bytes, human_seconds, report
+from activation_store.rolling import check_not_rolling
 from activation_store.store import ActivationStore
 from activation_store.subject import load_subject
 from activation_store.text import check_documents
@@ -73,14 +74,16 @@ def harvest(subject: SubjectConfig, text: TextConfig, store: StoreConfig, *, dev
     """
     started = time.monotonic()
     plan = make_plan(subject, text, store)
+    if isinstance(plan.folder, Path):
+        check_not_rolling(plan.folder, "a harvest with source=disk")
     if is_complete(plan):
         report(f"harvest: {plan.folder} is complete and matches its config; nothing to do")
         return _summary(plan, started, skipped=True)
     check_folder(plan.folder)
     check_disk(plan)
-    with _continuable(plan):
+    with continuable(plan):
         check_documents(text)
-        _fill(plan, resolve_device(_own_device(device)))
+        _fill(plan, resolve_device(own_device(device)))
     summary = _summary(plan, started, skipped=False)
     report(
         f"harvest: {summary.rows:,} rows ({summary.used_rows:,} to train on) and {summary.held_out_rows:,} "
@@ -89,7 +92,7 @@ def harvest(subject: SubjectConfig, text: TextConfig, store: StoreConfig, *, dev
     return summary
 
 
-def _own_device(device: str) -> str:
+def own_device(device: str) -> str:
     """The GPU of this rank, where torchrun started several and none is named."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
@@ -112,7 +115,7 @@ def _fill(plan: HarvestPlan, device: torch.device) -> None:
         _clear_begun(plan, claims)
         # A sign of life before the first change: who asks for another config sees that somebody is at work.
         claims.take(storage_at(plan.folder), f"worker-{claims.worker}")
-        works = [_begin(plan, part, hooks) for part in reversed(plan.parts)][::-1]
+        works = [begin_part(plan, part, hooks) for part in reversed(plan.parts)][::-1]
         total = sum(part.most_rows for part in plan.parts)
         with Progress("harvest", total=total, unit="tok", initial=max(0, total - left)) as progress:
             worker = Worker(works, claims, BlockRunner(hooks, plan.subject, plan.store), plan.window_rows(), progress)
@@ -124,7 +127,7 @@ def _fill(plan: HarvestPlan, device: torch.device) -> None:
         _report_short_text(plan)
 
 
-def _begin(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> PartWork:
+def begin_part(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> PartWork:
     """Creates a part's manifest, or joins those who did. The outer store's comes first: it is known as a store then."""
     _manifest(plan, part, hooks).create(part.folder)
     manifest = StoreManifest.load(part.folder)
@@ -210,7 +213,7 @@ def _manifest(plan: HarvestPlan, part: Part, hooks: CaptureHooks) -> StoreManife
 
 
 @contextmanager
-def _continuable(plan: HarvestPlan) -> Iterator[None]:
+def continuable(plan: HarvestPlan) -> Iterator[None]:
     """Says how to continue when the harvest is interrupted or the disk is full."""
     try:
         yield

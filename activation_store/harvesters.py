@@ -4,23 +4,18 @@ A connection goes both ways: `Filled` and errors from the harvester, numbers of 
 the other side: training notices a harvester that was killed, a harvester notices training that was.
 """
 
-import signal
-import subprocess
-import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Thread
 
 import torch
 
+from activation_store.children import Child
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
 from activation_store.live_harvest import Filled, HarvesterJob, serve
 from activation_store.ring import IntRows, Ring, RowQueue
 from activation_store.subject import load_subject
-
-# How long a process that has hung up may take to end.
-_END_SECONDS = 10.0
 
 
 class Harvester:
@@ -30,21 +25,22 @@ class Harvester:
         self._name = f"harvester {job.part + 1} of {job.layout.parts}"
         self._device = job.device
         self._free, self._filled = RowQueue(ring.free[job.part]), RowQueue(ring.filled[job.part])
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._thread: Thread | None = None
-        self.connection, theirs = Pipe()
         if own_process:
-            self._start_process(job, ring, theirs)
+            self._child = Child("activation_store.live_process", job, ring.descriptor)
+            self.connection = self._child.connection
         else:
+            self.connection, theirs = Pipe()
             self._start_thread(job, ring, theirs)
 
     @property
     def pid(self) -> int | None:
         """Of its process, if it has its own."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     def __str__(self) -> str:
-        where = "a thread of this process" if self._process is None else f"process {self._process.pid}"
+        where = "a thread of this process" if self._child is None else f"process {self._child.pid}"
         return f"{self._name} ({where}, on {self._device})"
 
     def receive(self) -> tuple[Filled, IntRows]:
@@ -69,18 +65,10 @@ class Harvester:
     def close(self) -> None:
         """Ends it: nothing of what it does outlives training."""
         self.connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self._child is not None:
+            self._child.close()
         if self._thread is not None:
             self._thread.join()
-
-    def _start_process(self, job: HarvesterJob, ring: Ring, theirs: Connection) -> None:
-        descriptors = (theirs.fileno(), ring.descriptor)
-        command = [sys.executable, "-P", "-m", "activation_store.live_process", *map(str, descriptors)]
-        self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
-        theirs.close()
-        self.connection.send(job)
 
     def _start_thread(self, job: HarvesterJob, ring: Ring, theirs: Connection) -> None:
         # Here, and apart from the generators: making a model draws numbers, when it does must not matter to training.
@@ -91,14 +79,5 @@ class Harvester:
 
     def _end(self) -> str:
         """How it ended, and what to do."""
-        remedy = "its rows are missing: mend that, or use fewer source.harvesters"
-        if self._process is None:
-            return f"{self} died, its traceback is on stderr; {remedy}"
-        try:
-            code = self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"{self} hung up but did not end; {remedy}"
-        if code < 0:
-            memory = " (the system kills so when memory runs out)" if code == -signal.SIGKILL else ""
-            return f"{self} was killed by {signal.Signals(-code).name}{memory}; {remedy}"
-        return f"{self} exited with {code}, what it said is above; {remedy}"
+        how = "died, its traceback is on stderr" if self._child is None else self._child.end()
+        return f"{self} {how}; its rows are missing: mend that, or use fewer source.harvesters"

@@ -10,6 +10,7 @@ A lane reads a pool of `pool_chunks` chunks at a time and shuffles it in runs of
 Letters: B rows of a global batch, U used rows of the store, t place in a lane's endless stream, x place in the line.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -93,22 +94,36 @@ class EpochLine:
         return _Part(chunks, line_ends, int(self._place_ends[number]) - (last - first), line_start)
 
 
-class ShuffleOrder:
-    """Positions of the endless order -> used rows, a pure function of (ends, seed, lanes, pool_chunks, run_rows)."""
+class LaneOrder(ABC):
+    """Positions of an endless order -> used rows: epoch after epoch, each a shuffled line of chunks cut into lanes."""
 
-    def __init__(self, ends: IntRows, *, seed: int, lanes: int, pool_chunks: int, run_rows: int) -> None:
-        """`ends`: used rows before each chunk (chunks + 1,), of which the last is at least 1."""
-        self._ends, self._seed = ends, seed
+    def __init__(self, *, seed: int, lanes: int, pool_chunks: int, run_rows: int) -> None:
+        self._seed = seed
         self.lanes, self._pool_chunks, self._run_rows = lanes, pool_chunks, run_rows
-        self.rows_per_epoch = int(ends[-1])
         # Of the epoch that is read, and of the next one, which other lanes may have reached.
         self._line = lru_cache(maxsize=2)(self._make_line)
         self._lane_starts = lru_cache(maxsize=2)(self._make_lane_starts)
 
+    @abstractmethod
+    def epoch_at(self, position: int) -> int:
+        """The epoch that a position is in."""
+
+    @abstractmethod
+    def _span(self, epoch: int) -> tuple[int, int]:
+        """The positions [start, stop) of an epoch."""
+
+    @abstractmethod
+    def _ends(self, epoch: int) -> IntRows:
+        """Used rows before each chunk of an epoch, (chunks + 1,), of which the last is at least 1."""
+
+    @abstractmethod
+    def text_epoch(self, position: int) -> int:
+        """How often the text was gone through before the row at a position, whole times alone."""
+
     def pool_at(self, lane: int, t: int) -> Pool:
         """The pool that holds place `t` of a lane's stream."""
-        epoch = (t * self.lanes + lane) // self.rows_per_epoch
-        first, last = self._epoch_start(epoch, lane), self._epoch_start(epoch + 1, lane)
+        epoch = self.epoch_at(t * self.lanes + lane)
+        first, last = self._lane_span(epoch, lane)
         line, lane_start = self._line(epoch), int(self._lane_starts(epoch)[lane])
         # Places of the line's rows that are this lane's: x = lane_start + (t - first).
         shift = lane_start - first
@@ -139,14 +154,37 @@ class ShuffleOrder:
         row = np.arange(rows)
         return starts[row // self._run_rows] + row % self._run_rows
 
-    def _epoch_start(self, epoch: int, lane: int) -> int:
-        """The first t of a lane whose position t * lanes + lane is in the epoch."""
-        return -(-(epoch * self.rows_per_epoch - lane) // self.lanes)
+    def _lane_span(self, epoch: int, lane: int) -> tuple[int, int]:
+        """The t [first, last) of a lane whose positions t * lanes + lane are in the epoch."""
+        start, stop = self._span(epoch)
+        return -(-(start - lane) // self.lanes), -(-(stop - lane) // self.lanes)
 
     def _make_line(self, epoch: int) -> EpochLine:
-        return EpochLine(self._ends, seed=self._seed, epoch=epoch)
+        return EpochLine(self._ends(epoch), seed=self._seed, epoch=epoch)
 
     def _make_lane_starts(self, epoch: int) -> IntRows:
         """Where each lane's part of an epoch's line begins."""
-        rows = [self._epoch_start(epoch + 1, lane) - self._epoch_start(epoch, lane) for lane in range(self.lanes)]
-        return np.cumsum([0, *rows])
+        spans = [self._lane_span(epoch, lane) for lane in range(self.lanes)]
+        return np.cumsum([0, *(last - first for first, last in spans)])
+
+
+class ShuffleOrder(LaneOrder):
+    """The order of a store that is there: a pure function of (ends, seed, lanes, pool_chunks, run_rows)."""
+
+    def __init__(self, ends: IntRows, *, seed: int, lanes: int, pool_chunks: int, run_rows: int) -> None:
+        """`ends`: used rows before each chunk (chunks + 1,), of which the last is at least 1."""
+        super().__init__(seed=seed, lanes=lanes, pool_chunks=pool_chunks, run_rows=run_rows)
+        self._store_ends = ends
+        self.rows_per_epoch = int(ends[-1])
+
+    def epoch_at(self, position: int) -> int:
+        return position // self.rows_per_epoch
+
+    def text_epoch(self, position: int) -> int:
+        return self.epoch_at(position)
+
+    def _span(self, epoch: int) -> tuple[int, int]:
+        return epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
+
+    def _ends(self, epoch: int) -> IntRows:
+        return self._store_ends

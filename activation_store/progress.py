@@ -130,7 +130,8 @@ class Progress:
         else:
             end = f"{human_seconds((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
         note = f", {self._note}" if self._note else ""
-        counts = f"({human_count(self.done)}/{human_count(self.total)} {self.unit})"
+        of_total = f"/{human_count(self.total)}" if self.total else ""
+        counts = f"({human_count(self.done)}{of_total} {self.unit})"
         return f"{self.name}: {share}{counts}, {human_count(rate)} {self.unit}/s, {end}{note}"
 
     def _print_line(self) -> None:

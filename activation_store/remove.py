@@ -8,6 +8,7 @@ from activation_store.claims import CLAIMS
 from activation_store.errors import UserError
 from activation_store.manifest import COMMITS, HELD_OUT, MANIFEST, StoreManifest
 from activation_store.progress import human_bytes
+from activation_store.rolling import LOCK, ROLLING
 from activation_store.used import BITS, ENDS
 from activation_store.windows import WINDOWS
 
@@ -43,7 +44,7 @@ def remove_store(path: Path | str, *, confirm: bool) -> str:
 def _own_names(folder: Path) -> set[str]:
     """Names in the folder of a store that are its own. Raises UserError if it is none."""
     arrays = {array.name for array in StoreManifest.load(folder).layout.arrays()}
-    return {MANIFEST, COMMITS, HELD_OUT, WINDOWS, CLAIMS, BITS, ENDS, "zarr.json", *arrays}
+    return {MANIFEST, COMMITS, HELD_OUT, WINDOWS, CLAIMS, BITS, ENDS, ROLLING, LOCK, "zarr.json", *arrays}
 
 
 def _partial(name: str) -> bool:

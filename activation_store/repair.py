@@ -42,6 +42,7 @@ from activation_store.manifest import (
 )
 from activation_store.plan import make_plan
 from activation_store.progress import report
+from activation_store.rolling import check_not_rolling
 from activation_store.shards import ShardRecord
 from activation_store.storage import LocalStorage
 from activation_store.used import BITS, ENDS
@@ -77,6 +78,7 @@ def repair_store(path: Path | str, places: Places = Places(), *, device: str = "
     subject or text is not there any more.
     """
     folder = Path(path)
+    check_not_rolling(folder, "repair")
     configs = stored_configs(folder, places)
     with Claims(pause_seconds=configs[2].claim_seconds / PATIENCE) as claims:
         storage = LocalStorage(folder)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from activation_store.config import StoreConfig, TextConfig
+from activation_store.errors import UserError
 from activation_store.layout import StoreLayout
 from activation_store.manifest import HELD_OUT
 from activation_store.places import Place
@@ -41,6 +42,8 @@ class Part:
     tokens: int | None
     # Most rows that it may have.
     most_rows: int
+    # The text begins anew when it ends: there is no last window.
+    endless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class WindowRecord:
     rows_before: int
     # No window follows.
     last: bool
+    # How often the text had ended before.
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Windows:
 
     def __init__(self, part: Part, storage: Storage, subject: Subject, layout: StoreLayout, *, contexts: int) -> None:
         """`contexts`: how many a window has; the last one may have fewer."""
-        self._storage, self._layout, self._contexts, self._tokens = storage, layout, contexts, part.tokens
+        self._storage, self._layout, self._contexts, self._part = storage, layout, contexts, part
         self._blocks = Blocks(part, subject)
         self._records: dict[int, WindowRecord] = {}
         self._read: tuple[int, WindowText] | None = None
@@ -120,14 +125,20 @@ class Windows:
 
     def _make(self, window: int, previous: WindowRecord | None) -> WindowRecord:
         """Computes a record from the one before, and publishes it."""
-        block, context, start_row, rows_before = 0, 0, 0, 0
+        block, context, start_row, rows_before, epoch = 0, 0, 0, 0, 0
         if previous is not None:
-            block, context = previous.next_block, previous.next_context
+            block, context, epoch = previous.next_block, previous.next_context, previous.epoch
             start_row = previous.start_row + self._layout.shards_of(previous.rows) * self._layout.shard_rows
             rows_before = previous.rows_before + previous.rows
+        tokens = self._part.tokens
         text, (next_block, next_context), ended = self._collect(block, context, self._contexts)
-        if self._tokens is not None:
-            text = WindowText(text.contexts.first_tokens(self._tokens - rows_before), text.names)
+        if self._part.endless and not len(text.contexts):
+            block, context, epoch = 0, 0, epoch + 1
+            text, (next_block, next_context), ended = self._collect(block, context, self._contexts)
+            if not len(text.contexts):
+                raise UserError(f"text.path={self._part.text.path} has no text to harvest; give another")
+        if tokens is not None:
+            text = WindowText(text.contexts.first_tokens(tokens - rows_before), text.names)
         rows = text.contexts.tokens
         record = WindowRecord(
             window=window,
@@ -139,7 +150,8 @@ class Windows:
             start_row=start_row,
             rows=rows,
             rows_before=rows_before,
-            last=ended or (self._tokens is not None and rows_before + rows >= self._tokens),
+            last=not self._part.endless and (ended or (tokens is not None and rows_before + rows >= tokens)),
+            epoch=epoch,
         )
         self._storage.put_if_absent(_key(window), [json.dumps(asdict(record)).encode()])
         self._records = {window: record}

@@ -51,10 +51,10 @@ class WindowJob:
 
     @property
     def claim(self) -> str:
-        return _claim(self.record)
+        return claim_name(self.record)
 
 
-def _claim(record: WindowRecord) -> str:
+def claim_name(record: WindowRecord) -> str:
     return f"{record.window:08d}.json"
 
 
@@ -112,22 +112,25 @@ class Worker:
     def _commit(self, item: tuple[WindowJob, WindowRows]) -> None:
         """In the writer's thread."""
         job, rows = item
-        work, record = job.work, job.record
         with self.times.spent("write"):
-            there = StoreManifest.load(work.part.folder)
-            if config_differences(there.config, work.manifest.config):
-                raise UserError(f"store {work.part.folder} was begun anew with another config while this harvest ran")
-            order = row_order(work.part.text.seed, work.part.name, record.window, rows.filled)
-            try:
-                work.writer.write(rows, order, record, job.text.names)
-            except FileNotFoundError:
-                # Taken for dead, and cleaned up behind: the window is somebody else's, or this is a real error.
-                if not work.committed(record.window):
-                    raise
-            self.claims.release(work.storage, job.claim)
+            self._write(job, rows)
+            self.claims.release(job.work.storage, job.claim)
         self._own_commit.set()
         self._buffers.append(rows)
         self._free.release()
+
+    def _write(self, job: WindowJob, rows: WindowRows) -> None:
+        work, record = job.work, job.record
+        there = StoreManifest.load(work.part.folder)
+        if config_differences(there.config, work.manifest.config):
+            raise UserError(f"store {work.part.folder} was begun anew with another config while this harvest ran")
+        order = row_order(work.part.text.seed, work.part.name, record.window, rows.filled)
+        try:
+            work.writer.write(rows, order, record, job.text.names)
+        except FileNotFoundError:
+            # Taken for dead, and cleaned up behind: the window is somebody else's, or this is a real error.
+            if not work.committed(record.window):
+                raise
 
     def _timed_jobs(self) -> Iterator[WindowJob]:
         jobs = self._jobs()
@@ -143,7 +146,7 @@ class Worker:
         left: list[tuple[PartWork, WindowRecord]] = []
         for work in self.parts:
             for record in _uncommitted(work):
-                if self.claims.take(work.storage, _claim(record)):
+                if self.claims.take(work.storage, claim_name(record)):
                     yield from self._unless_committed(work, record)
                 left.append((work, record))
         while left := [(work, record) for work, record in left if not work.committed(record.window)]:
@@ -154,13 +157,13 @@ class Worker:
                 self._own_commit.clear()
                 continue
             for work, record in left:
-                if self.claims.observe(work.storage, _claim(record)):
+                if self.claims.observe(work.storage, claim_name(record)):
                     yield from self._unless_committed(work, record)
 
     def _unless_committed(self, work: PartWork, record: WindowRecord) -> Iterator[WindowJob]:
         """The job of a window that was just claimed; nothing if its last owner committed it meanwhile."""
         if work.committed(record.window):
-            self.claims.release(work.storage, _claim(record))
+            self.claims.release(work.storage, claim_name(record))
         else:
             yield WindowJob(work, record, work.windows.text(record))
 

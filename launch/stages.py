@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from activation_store.object_storage import is_url
 from launch.arguments import Arguments
@@ -37,6 +38,11 @@ def quiet_libraries() -> None:
 def harvest(config: LayerloomConfig, arguments: Arguments) -> int:
     """`layerloom harvest`."""
     prepare(config, "harvest")
+    if config.source.kind is SourceKind.rolling:
+        from activation_store.rolling_harvest import harvest_rolling
+
+        harvest_rolling(config.subject, config.text, config.store, config.source, device=config.device)
+        return 0
     from activation_store.harvest import harvest as run_harvest
 
     run_harvest(config.subject, config.text, config.store, device=config.device)

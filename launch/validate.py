@@ -23,6 +23,8 @@ def validate(config: LayerloomConfig, verb: str) -> None:
         if needed <= groups:
             for problem in rule(config):
                 raise UserError(problem)
+    if verb == "harvest" and config.source.kind is SourceKind.live:
+        raise UserError("source=live needs no harvest: layerloom train source=live runs the subject itself")
     for problem in _paths(config, verb):
         raise UserError(problem)
 

@@ -34,12 +34,13 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "harvest": Verb(
         "runs the subject over text and writes its activations to a zarr store",
-        ("subject", "text", "store", "launch", "preset"),
+        ("subject", "text", "store", "source", "launch", "preset"),
         ("device",),
         "harvest",
     ),
     "train": Verb(
-        "trains a transcoder on a store, or on the subject itself (source=live); a run that was stopped continues",
+        "trains a transcoder on a store, on the subject itself (source=live), or on a store that is filled and emptied "
+        "meanwhile (source=rolling); a run that was stopped continues",
         (*_TRAIN_GROUPS, "launch", "preset"),
         ("run", "device"),
         "train",

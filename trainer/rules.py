@@ -6,6 +6,7 @@ Pure and light to import; `launch.validate`, `layerloom train` and preflight all
 from collections.abc import Callable, Iterator
 from itertools import chain
 
+from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from trainer.config import ActivationKind, DecoderInit, Master, ParamDtype, RunConfig, Score
 
@@ -217,6 +218,15 @@ def _source(config: RunConfig) -> Iterator[str]:
         value = getattr(source, name)
         if value < 1:
             yield f"source.{name}={value} must be at least 1"
+    for name in ("budget_bytes", "mixed_windows"):
+        value = getattr(source, name)
+        if value < 1:
+            yield f"source.{name}={value} must be at least 1"
+    if source.kind is SourceKind.rolling and config.train.checkpoint_every == 0:
+        yield (
+            "train.checkpoint_every=0 with source=rolling: the store makes room at checkpoints; give the steps between "
+            "them, such as 100"
+        )
     if source.prefetch_bytes < 0:
         yield f"source.prefetch_bytes={source.prefetch_bytes} must not be negative; 0 reads one batch ahead"
     if source.harvesters < 0:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from activation_store.atomic import write_text
 from activation_store.compare import config_differences
+from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from trainer.config import RunConfig
 
@@ -37,6 +38,7 @@ FREE_FIELDS = (
     "source.prefetch_bytes",
     "source.threads",
     "source.harvester_devices",
+    "source.budget_bytes",
     "store.path",
     "store.batch_contexts",
     "subject.cache_dir",
@@ -181,6 +183,9 @@ def _binding(config: RunConfig) -> Mapping[str, Any]:
         for group in groups:
             holder = holder[group]
         del holder[key]
+    if config.source.kind is not SourceKind.live:
+        # Who fills a store, and how many, changes nothing of it.
+        del values["source"]["harvesters"]
     return values
 
 

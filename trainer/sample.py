@@ -33,3 +33,8 @@ def harvest_sample(config: RunConfig) -> ActivationStore:
 def reference_path(config: RunConfig, run: Path | str) -> str:
     """Where the store lies that has statistics and held-out rows of the run in folder `run`."""
     return config.store.path if config.source.kind is SourceKind.disk else str(RunFolder(run).sample)
+
+
+def batch_rows(config: RunConfig) -> int:
+    """Rows of a batch of a source: a global microbatch."""
+    return config.train.microbatch_tokens or config.train.batch_size_tokens

@@ -21,7 +21,7 @@ from activation_store.store import ActivationStore
 from trainer.config import RunConfig
 from trainer.rows import open_training_store, store_identity
 from trainer.run_folder import RunFolder
-from trainer.sample import harvest_sample
+from trainer.sample import batch_rows, harvest_sample
 
 
 class Batches(Protocol):
@@ -82,12 +82,14 @@ class Source(Protocol):
 
 def open_source(config: RunConfig) -> Source:
     """The source that `config.source` names. Raises UserError for one that cannot serve this run; writes nothing."""
-    kinds: dict[SourceKind, Callable[[RunConfig], Source]] = {SourceKind.disk: DiskSource, SourceKind.live: LiveSource}
+    from trainer.rolling_source import RollingSource
+
+    kinds: dict[SourceKind, Callable[[RunConfig], Source]] = {
+        SourceKind.disk: DiskSource,
+        SourceKind.live: LiveSource,
+        SourceKind.rolling: RollingSource,
+    }
     return kinds[config.source.kind](config)
-
-
-def _batch_rows(config: RunConfig) -> int:
-    return config.train.microbatch_tokens or config.train.batch_size_tokens
 
 
 @dataclass(slots=True)
@@ -125,7 +127,7 @@ class DiskSource:
         source = self.config.source
         return ShuffledBatches(
             self.reference,
-            batch_size_tokens=_batch_rows(self.config),
+            batch_size_tokens=batch_rows(self.config),
             seed=source.seed,
             pool_rows=source.pool_rows,
             lanes=source.lanes,
@@ -161,7 +163,7 @@ class LiveSource:
         self.d_model = info.d_model
         layout = StoreLayout(self.n_layers, self.d_model, store.dtype, store.chunk_rows, store.shard_rows)
         unit_rows = store.batch_contexts * self.config.text.context_length
-        share = _batch_rows(self.config) // self.config.parallel.data
+        share = batch_rows(self.config) // self.config.parallel.data
         ring_layout(layout, self.config.source, unit_rows=unit_rows, share=share)
 
     @property
@@ -190,7 +192,7 @@ class LiveSource:
         return LiveActivations(
             LiveText(config.subject, config.text, config.store, self.reference),
             config.source,
-            batch_size_tokens=_batch_rows(config),
+            batch_size_tokens=batch_rows(config),
             rank=rank,
             ranks=ranks,
             start_batch=position,

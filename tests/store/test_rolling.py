@@ -1,0 +1,260 @@
+"""A store within a byte budget: its order, its bytes on disk, and what a resume sees."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from activation_store.config import SourceConfig, SourceKind, StoreConfig, SubjectConfig, TextConfig
+from activation_store.errors import UserError
+from activation_store.harvest import harvest
+from activation_store.repair import repair_store
+from activation_store.rolling import RollingFolder, budget_for, windows_within
+from activation_store.rolling_batches import RollingBatches, RollingBudget
+from activation_store.rolling_harvest import bytes_per_window, harvest_rolling, rolling_plan
+from activation_store.store import ActivationStore
+from activation_store.subject import Subject, load_subject
+
+_BATCH, _MIXED = 48, 2
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """Windows of four contexts of 32 tokens. `whole`: the text as a store that stays, which is the sample here."""
+
+    subject: SubjectConfig
+    text: TextConfig
+    store: StoreConfig
+    whole: ActivationStore
+
+    def at(self, path: Path, windows: int) -> "tuple[StoreConfig, SourceConfig, RollingBudget]":
+        store = replace(self.store, path=str(path))
+        of_window = bytes_per_window(rolling_plan(self.subject, self.text, store))
+        source = SourceConfig(
+            kind=SourceKind.rolling, seed=3, pool_rows=128, lanes=4, run_rows=2, prefetch_bytes=0,
+            budget_bytes=budget_for(windows, of_window), mixed_windows=_MIXED,
+        )  # fmt: skip
+        return store, source, RollingBudget(windows, of_window, 2)
+
+
+@pytest.fixture(scope="module")
+def rolling(tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Rolling:
+    subject = SubjectConfig(path=str(tiny_llama))
+    text = TextConfig(
+        path=f"{tiny_text}/*.txt", context_length=32, held_out_documents=4, documents_per_block=4,
+        contexts_per_document=2,
+    )  # fmt: skip
+    store = StoreConfig(
+        path=str(tmp_path_factory.mktemp("rolling") / "whole"), tokens=100_000, held_out_tokens=0, chunk_rows=32,
+        shard_rows=64, batch_contexts=2, window_bytes=4 * 32 * 2 * 3 * 16 * 4, claim_seconds=0.8, outlier_factor=2.0,
+    )  # fmt: skip
+    harvest(subject, text, store, device="cpu")
+    return Rolling(subject, text, store, ActivationStore.open(store.path))
+
+
+_LOADING = threading.Lock()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_loads_at_a_time() -> Iterator[None]:
+    """Workers are processes elsewhere: transformers loads one model at a time in a process."""
+
+    def load(*args: Any, **kwargs: Any) -> Subject:
+        with _LOADING:
+            return load_subject(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("activation_store.rolling_harvest.load_subject", load)
+        yield
+
+
+@contextmanager
+def harvesting(rolling: Rolling, store: StoreConfig, source: SourceConfig, workers: int = 1) -> Iterator[None]:
+    """Workers in threads; they end when training says that it is done."""
+    threads = [
+        threading.Thread(
+            target=harvest_rolling, args=(rolling.subject, rolling.text, store, source), kwargs={"device": "cpu"}
+        )
+        for _ in range(workers)
+    ]
+    folder = RollingFolder(Path(store.path))
+    if folder.exists():
+        # Done, said what was before.
+        folder.begin(folder.read().first, folder.read().windows)
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        folder.finish()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def consume(
+    rolling: Rolling, store: StoreConfig, source: SourceConfig, budget: RollingBudget, count: int, *,
+    start: int = 0, states: Sequence[dict[str, int]] = (), ranks: tuple[int, int] = (0, 1),
+) -> tuple[list[Batch], list[dict[str, int]]]:  # fmt: skip
+    """So many batches, with a checkpoint after every second one; and the states after each."""
+    folder = RollingFolder(Path(store.path))
+    state = states[start - 1] if start else {}
+    folder.begin(state.get("group", 0) * _MIXED, budget.windows)
+    found, after = [], []
+    with RollingBatches(
+        folder, rolling.whole, source, budget, batch_size_tokens=_BATCH, start_batch=start, state=state,
+        rank=ranks[0], ranks=ranks[1],
+    ) as batches:  # fmt: skip
+        for number in range(start, count):
+            batch = next(batches)
+            found.append((batch.mlp_in.clone(), batch.mlp_out.clone(), batch.rows.clone()))
+            after.append(batches.state())
+            if (number + 1) % 2 == 0:
+                batches.checkpointed(number + 1)
+    return found, after
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """Bytes of all files in a folder, again and again; the largest is the first item in the end."""
+    largest, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            size = 0
+            for where, _, names in os.walk(folder):
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        size += os.stat(os.path.join(where, name)).st_size
+            largest[0] = max(largest[0], size)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        thread.join()
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for ours, theirs in zip(left, right, strict=True) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def told(rolling: Rolling, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Batch], list[dict[str, int]], int]:
+    """Batches of more than an epoch from a budget of 6 windows, one worker; and the most bytes there were."""
+    store, source, budget = rolling.at(tmp_path_factory.mktemp("told") / "store", 6)
+    count = rolling.whole.used.count // _BATCH + 6
+    with watched(Path(store.path)) as largest, harvesting(rolling, store, source):
+        batches, states = consume(rolling, store, source, budget, count)
+    return batches, states, largest[0]
+
+
+def test_every_used_row_comes_once_in_an_epoch_as_a_store_holds_it(
+    rolling: Rolling, told: tuple[list[Batch], list[dict[str, int]], int]
+) -> None:
+    whole, batches = rolling.whole, told[0]
+    rows, used = whole[:], whole.used_rows()
+    expected = {}
+    for number in range(len(whole.chunks)):
+        chunk = whole.chunks[number]
+        first = chunk.shard * whole.layout.shard_rows + chunk.row_chunk * whole.layout.chunk_rows
+        expected |= {first + i: chunk.first_row + i for i in range(chunk.rows) if used[chunk.first_row + i]}
+    assert 0 < len(expected) < whole.n_rows
+    found = [int(row) for _, _, numbers in batches for row in numbers]
+    assert len(set(found)) == len(found)
+    # The windows of the first epoch are those of the store that stays; the last group may reach into the second.
+    last = max(expected)
+    assert {row for row in found if row <= last} == set(expected)
+    assert told[1][-1]["epoch"] == 1
+    for mlp_in, mlp_out, numbers in batches:
+        for i, row in enumerate(numbers.tolist()):
+            if row <= last:
+                assert torch.equal(mlp_in[i], rows.mlp_in[expected[row]])
+                assert torch.equal(mlp_out[i], rows.mlp_out[expected[row]])
+
+
+def test_bytes_on_disk_never_exceed_the_budget(
+    rolling: Rolling, told: tuple[list[Batch], list[dict[str, int]], int], tmp_path: Path
+) -> None:
+    _, source, budget = rolling.at(tmp_path / "store", 6)
+    groups = told[1][-1]["group"]
+    assert groups * _MIXED > 2 * budget.windows
+    assert 3 * budget.window_bytes < told[2] <= source.budget_bytes
+
+
+def test_the_order_is_the_same_for_any_budget_and_any_workers_and_ranks_share_it(
+    rolling: Rolling, told: tuple[list[Batch], list[dict[str, int]], int], tmp_path: Path
+) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 9)
+    with harvesting(rolling, store, source, workers=2):
+        batches, _ = consume(rolling, store, source, budget, 9)
+    assert same(batches, told[0][:9])
+    # Rows are mixed over a group.
+    shards = [int(row) // rolling.store.shard_rows for row in batches[0][2]]
+    assert len(set(shards)) > 1
+    assert shards != sorted(shards)
+    with harvesting(rolling, store, source):
+        for rank in range(2):
+            part, _ = consume(rolling, store, source, budget, 3, ranks=(rank, 2))
+            half = slice(rank * _BATCH // 2, (rank + 1) * _BATCH // 2)
+            assert same(part, [(x[half], y[half], rows[half]) for x, y, rows in told[0][:3]])
+
+
+def test_a_resume_sees_the_same_rows_also_from_a_checkpoint_whose_windows_are_gone(
+    rolling: Rolling, told: tuple[list[Batch], list[dict[str, int]], int], tmp_path: Path
+) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 6)
+    with watched(Path(store.path)) as largest, harvesting(rolling, store, source):
+        _, states = consume(rolling, store, source, budget, 12)
+        assert states == told[1][:12]
+        freed = RollingFolder(Path(store.path)).read().freed
+        assert freed > 0
+        # Read ahead of the last checkpoint, and not freed.
+        again, _ = consume(rolling, store, source, budget, 15, start=12, states=states)
+        assert same(again, told[0][12:15])
+        # An older checkpoint: those windows are harvested again.
+        assert states[1]["group"] * _MIXED < freed
+        again, _ = consume(rolling, store, source, budget, 9, start=2, states=states)
+        assert same(again, told[0][2:9])
+    assert largest[0] <= source.budget_bytes
+
+
+def test_what_must_fit_and_does_not_is_told_with_the_least_that_works(rolling: Rolling, tmp_path: Path) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 3)
+    # The rows of many batches reach over several groups.
+    wanted = r"holds 3 windows .* must be on disk at once .*use at least \d+"
+    with harvesting(rolling, store, source), pytest.raises(UserError, match=wanted) as refused:
+        consume(rolling, store, source, replace(budget, checkpoint_batches=100), 100)
+    assert "\n" not in str(refused.value)
+    assert windows_within(source.budget_bytes, budget.window_bytes) == 3
+    with pytest.raises(UserError, match="use at least"):
+        harvest_rolling(rolling.subject, rolling.text, store, replace(source, budget_bytes=1_000), device="cpu")
+
+
+def test_a_rolling_store_is_not_taken_for_another(rolling: Rolling, tmp_path: Path) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 6)
+    with harvesting(rolling, store, source):
+        consume(rolling, store, source, budget, 2)
+        folder = RollingFolder(Path(store.path))
+        with folder.locked(), pytest.raises(UserError, match="emptied by another run"), folder.locked():
+            pass
+        other = replace(source, seed=4)
+        with pytest.raises(UserError, match=r"another config \(text.seed"):
+            harvest_rolling(rolling.subject, replace(rolling.text, seed=9), store, other, device="cpu")
+    with pytest.raises(UserError, match="source=rolling"):
+        harvest(rolling.subject, rolling.text, store, device="cpu")
+    with pytest.raises(UserError, match="source=rolling"):
+        repair_store(store.path, device="cpu")
+    with pytest.raises(UserError, match="a store that stays"):
+        harvest_rolling(rolling.subject, rolling.text, rolling.store, source, device="cpu")
