@@ -63,6 +63,8 @@ CASES = [
     Case("topk all layers, norm score, columns", 1, 4, spec=(*ALL, ("score", "decoder_norm"))),
     Case("batchtopk all layers, columns", 1, 4, spec=BATCHTOPK),
     Case("batchtopk all layers, columns", 2, 2, spec=BATCHTOPK),
+    Case("batchtopk all layers", 4, 1, spec=BATCHTOPK),
+    Case("batchtopk a layer, columns", 2, 2, spec=_spec(kind="batchtopk", k=16)),
     Case("relu columns", 1, 4, spec=RELU, b_enc=-0.3),
     Case("relu tanh, columns", 1, 4, spec=RELU, b_enc=-0.3, tanh=0.1),
     Case("relu rows", 1, 4, by_columns=False, spec=RELU, b_enc=-0.3),
