@@ -54,7 +54,10 @@ def _covering(ranks: int) -> list[Case]:
             chosen.append(Case(data, feature, True, spec))
         else:
             chosen.append(Case(data, feature, True, spec))
-    return chosen
+    # Ties across layers, ranks and tokens.
+    data, feature = MESHES[ranks][0]
+    everywhere = [{"kind": kind, "scope": "all_layers"} for kind in ("topk", "batchtopk")]
+    return [*chosen, *(Case(data, feature, True, spec, tied=True, steps=1) for spec in everywhere)]
 
 
 def _run(processes: Processes, cases: list[Case], timeout: float) -> None:
@@ -68,6 +71,14 @@ def test_two_ranks(two_ranks: Processes) -> None:
 
 def test_four_ranks(four_ranks: Processes) -> None:
     _run(four_ranks, _covering(4), 300)
+
+
+def test_compiled_kernels(two_ranks: Processes) -> None:
+    """They see rows that are parts, and features of all ranks in one index. One step: in float32 runs part."""
+    specs = [SPECS[0], SPECS[1], SPECS[4], SPECS[10]]
+    splits = (True, False)
+    cases = [Case(1, 2, split, spec, compiled=True, steps=1) for split in splits for spec in specs]
+    _run(two_ranks, cases, 300)
 
 
 @pytest.mark.matrix
