@@ -9,6 +9,8 @@ them). What a selection costs is the same either way.
     rows              2 (G - 1) L D V / G               the sum of y_hat
 """
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 from trainer.config import ActivationConfig, ActivationKind, DecoderSplit, ModelConfig, ParallelConfig
@@ -54,9 +56,21 @@ def expected_entries(model: ModelConfig, activation: ActivationConfig, spec: Mod
         return float(spec.k * spec.n_layers), "k a layer"
     if activation.kind is ActivationKind.jumprelu and activation.l0_lambda > 0:
         return activation.l0_target, "activation.l0_target"
+    if activation.kind is ActivationKind.jumprelu:
+        return _above_band(model, spec) * everything, "active or in the band, in a new encoder"
     if model.initial_density is not None:
         return model.initial_density * everything, "model.initial_density"
     return 0.5 * everything, "half of all, as a new encoder without initial_density has"
+
+
+def _above_band(model: ModelConfig, spec: ModelSpec) -> float:
+    """Share of pre-activations above theta - bandwidth / 2 in a new encoder, on inputs of unit mean square."""
+    normal = NormalDist()
+    deviation = spec.encoder_init_scale * math.sqrt(spec.d_model / (3 * spec.n_features))
+    theta = spec.threshold_init / deviation
+    if model.initial_density is not None:
+        theta = normal.inv_cdf(1 - model.initial_density)
+    return 1 - normal.cdf(theta - spec.bandwidth / (2 * deviation))
 
 
 def columns_bytes(spec: ModelSpec, ranks: int, entries: float) -> float:
