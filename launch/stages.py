@@ -23,7 +23,9 @@ def prepare(config: LayerloomConfig, verb: str) -> None:
     from activation_store.device import resolve_device
 
     resolve_device(config.device)
-    torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
+    # Of a mesh, the processes of this machine share its cores.
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(config.launch.threads or share)
 
 
 def quiet_libraries() -> None:
@@ -59,14 +61,21 @@ def train(config: LayerloomConfig, arguments: Arguments) -> int:
     return 0
 
 
+# A run may go on with others of these.
+_ANY_MESH = ("parallel", "engine")
+
+
 def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig:
-    """`layerloom train run=DIR [train.fresh=true]` and no more about the run: its own settings are taken."""
+    """`layerloom train run=DIR [train.fresh=true]` and no more about the run: its own settings are taken.
+
+    Mesh and engine may be others: they are what the words say, and the run's where they say nothing.
+    """
     from trainer.run_folder import RunFolder, load_config
 
     words = parse_overrides(arguments.overrides)
     keys = [str(word.key_or_group) for word in words]
     about_this_call = all(
-        key in ("device", "train.fresh") or key.split(".")[0] in ("run", "log", "launch") for key in keys
+        key in ("device", "train.fresh") or key.split(".")[0] in ("run", "log", "launch", *_ANY_MESH) for key in keys
     )
     if "run" not in keys or not about_this_call or not RunFolder(config.run).exists():
         return config
@@ -75,6 +84,10 @@ def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig
     told: dict[str, Any] = {"run": config.run, "device": config.device if "device" in keys else there.device}
     if any(key.split(".")[0] == "log" for key in keys):
         told["log"] = config.log
+    for group in _ANY_MESH:
+        named = [name for key in keys if (name := key.removeprefix(f"{group}.")) != key]
+        told_of = {name: getattr(getattr(config, group), name) for name in named}
+        told[group] = getattr(config, group) if group in keys else replace(getattr(there, group), **told_of)
     if "train.fresh" in keys:
         told["train"] = replace(there.train, fresh=config.train.fresh)
     return replace(config, **{**kept, **told})

@@ -17,6 +17,7 @@ from trainer.config import (
     StateDtype,
 )
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Collectives
 from trainer.model.scaling import shift_and_scale
 from trainer.model.spec import ModelSpec
 from trainer.state_formats import block_count
@@ -49,8 +50,9 @@ def build_model(
     *,
     device: torch.device,
     initial_rows_BLD: Tensor | None = None,
+    collectives: Collectives | None = None,
 ) -> CrossLayerTranscoder:
-    """A model ready to train, on `device`.
+    """A model ready to train, on `device`: on a mesh (`collectives`), this rank's part of it.
 
     Parameters as `trainer.model.initialise` draws them from `model.seed`; scaling of inputs and targets and b_dec (the
     targets' mean) from the store's statistics; b_enc from `initial_rows_BLD` (raw mlp_in) if `model.initial_density` is
@@ -58,7 +60,9 @@ def build_model(
     """
     n_layers, d_model = statistics.in_mean_LD.shape
     spec = model_spec(config.model, config.activation, n_layers, d_model)
-    model = CrossLayerTranscoder(spec, seed=config.model.seed, backend=config.kernels.backend.value)
+    model = CrossLayerTranscoder(
+        spec, seed=config.model.seed, backend=config.kernels.backend.value, collectives=collectives
+    )
     inputs = shift_and_scale(config.model.input_scaling.value, statistics.in_mean_LD, statistics.in_mean_square_LD)
     targets = shift_and_scale(config.model.target_scaling.value, statistics.out_mean_LD, statistics.out_mean_square_LD)
     model.set_scaling(*inputs, *targets)

@@ -6,18 +6,20 @@ the score is weighted by the decoder norm. `feature` scope matches each feature'
 never active on these rows gets the largest of its pre-activations on them and the layer's threshold. jumprelu: theta.
 relu: 0.
 
-On a mesh every rank collects of its own features (and of the rows it is given: those of the ranks of the data axis may
-be the same or different); the lists of all are put together for the thresholds.
+On a mesh every rank collects of its own features (and of the batches dealt to it, or the rows that it is given); the
+lists of all are put together for the thresholds.
 
 Legend: B tokens, F features, N kept entries.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from trainer.dealing import Dealing
 from trainer.model.clt import CrossLayerTranscoder
 
 
@@ -42,6 +44,13 @@ class _Pool:
         self.scores.append(scores_N)
         self.cuts.append(cut_G)
         self.active_G = active_G if self.active_G is None else self.active_G + active_G
+
+    def add_nothing(self, like: "_Pool") -> None:
+        """No entries, of the dtypes and groups of another pool."""
+        assert like.active_G is not None
+        self.groups, self.scores = ([t[:0] for t in tensors[:1]] for tensors in (like.groups, like.scores))
+        self.cuts = [torch.full_like(like.cuts[0], float("-inf"))]
+        self.active_G = torch.zeros_like(like.active_G)
 
     def of_all(self, gather: Callable[[Tensor], Tensor]) -> "_Pool":
         """What the ranks that `gather` spans have together."""
@@ -76,12 +85,24 @@ class _Pool:
         return thresholds_G, exact
 
 
+@dataclass(slots=True)
+class _Pools:
+    """Of every layer: one group, and (with threshold_scope=feature) a group per feature."""
+
+    by_layer: list[_Pool]
+    by_feature: list[_Pool]
+    # The first layer with a score that is not finite.
+    broken_layer: float = math.inf
+
+
 @torch.no_grad()
-def calibrate_thresholds(model: CrossLayerTranscoder, batches: Iterable[Tensor], scope: str = "layer") -> None:
+def calibrate_thresholds(
+    model: CrossLayerTranscoder, batches: Iterable[Tensor], scope: str = "layer", *, dealing: Dealing | None = None
+) -> None:
     """Set `model.threshold_LF` from raw training rows mlp_in (B, L, D).
 
     The count is exact where `batches` can be iterated again or the batches are alike (shuffled rows); a one-shot
-    iterator over very unlike batches gives the nearest count that one pass can.
+    iterator over very unlike batches gives the nearest count that one pass can. `dealing`: of the batches over a mesh.
 
     Raises:
         ValueError: unknown scope, no rows, or scores that are not finite.
@@ -92,22 +113,17 @@ def calibrate_thresholds(model: CrossLayerTranscoder, batches: Iterable[Tensor],
         for s in range(model.spec.n_layers):
             model.threshold_LF[s] = model.inference_threshold(s)
         return
+    dealing = dealing if dealing is not None else Dealing()
     one_shot = iter(batches) is batches
     # What can be read again starts with little; counts of single features vary more than those of a layer.
     factor = 4.0 if one_shot or scope == "feature" else 1.5
     while True:
-        by_layer = [_Pool() for _ in range(model.spec.n_layers)]
-        by_feature = [_Pool() for _ in range(model.spec.n_layers)] if scope == "feature" else []
-        for mlp_in_BLD in batches:
-            _collect(model, mlp_in_BLD, factor, by_layer, by_feature)
-        if by_layer[0].active_G is None:
-            raise ValueError("no rows to calibrate thresholds on; give at least one batch of mlp_in")
-        collectives = model.collectives
+        pools = _collected(model, batches, factor, scope, dealing)
         # A feature's entries lie on the ranks of the data axis that hold it, a layer's on all.
-        by_layer = [pool.of_all(collectives.gather_all) for pool in by_layer]
-        by_feature = [pool.of_all(collectives.gather_data) for pool in by_feature]
+        by_layer = [pool.of_all(model.collectives.gather_all) for pool in pools.by_layer]
+        by_feature = [pool.of_all(model.collectives.gather_data) for pool in pools.by_feature]
         found = [pool.thresholds() for pool in by_layer + by_feature]
-        if one_shot or collectives.count_all(sum(not exact for _, exact in found)) == 0:
+        if one_shot or model.collectives.count_all(sum(not exact for _, exact in found)) == 0:
             break
         # Ends: once all scores are kept, nothing was dropped.
         factor *= 4
@@ -121,12 +137,41 @@ def calibrate_thresholds(model: CrossLayerTranscoder, batches: Iterable[Tensor],
         model.threshold_LF[s] = thresholds_F.to(model.threshold_LF.device)
 
 
-def _collect(
-    model: CrossLayerTranscoder, mlp_in_BLD: Tensor, factor: float, by_layer: list[_Pool], by_feature: list[_Pool]
-) -> None:
+def _collected(
+    model: CrossLayerTranscoder, batches: Iterable[Tensor], factor: float, scope: str, dealing: Dealing
+) -> _Pools:
+    """The pools of this rank's batches. Raises ValueError on all ranks alike."""
+    n_layers = model.spec.n_layers
+    n_by_feature = n_layers if scope == "feature" else 0
+    pools, spare = (_Pools(_empty(n_layers), _empty(n_by_feature)) for _ in range(2))
+    n_batches = 0
+    with dealing.alone(model):
+        for mlp_in_BLD, counts in dealing.deal(batches):
+            _collect(model, mlp_in_BLD, factor, pools if counts else spare)
+            n_batches += 1
+    if n_batches == 0:
+        raise ValueError("no rows to calibrate thresholds on; give at least one batch of mlp_in")
+    broken = int(model.collectives.smallest(model.threshold_LF.new_tensor(min(pools.broken_layer, 1e9))))
+    if broken < model.spec.n_layers:
+        raise ValueError(
+            f"layer {broken} has scores that are not finite on the calibration rows; thresholds want finite weights "
+            "and activations, take an earlier checkpoint"
+        )
+    # A rank whose batches did not count has nothing to add.
+    for pool, empty in zip(pools.by_layer + pools.by_feature, spare.by_layer + spare.by_feature, strict=True):
+        if pool.active_G is None:
+            pool.add_nothing(empty)
+    return pools
+
+
+def _empty(count: int) -> list[_Pool]:
+    return [_Pool() for _ in range(count)]
+
+
+def _collect(model: CrossLayerTranscoder, mlp_in_BLD: Tensor, factor: float, pools: _Pools) -> None:
     """Add one batch's largest scores of every layer to its pools."""
     features = model.encode(mlp_in_BLD, rule="training")
-    for s, pool in enumerate(by_layer):
+    for s, pool in enumerate(pools.by_layer):
         norm_F = model.decoder_norm(s) if model.spec.score == "decoder_norm" else None
         active = int((features[s].values > 0).sum())
         limit = int(factor * (active + 16))
@@ -134,17 +179,14 @@ def _collect(
             x_BD = model.scale_input(s, mlp_in_BLD[:, s])
             found = model.source_layers[s].select_candidates(x_BD, limit, float("-inf"), norm_F, runtime)
         scores_N = found.scores
-        if model.collectives.count_all(int(not bool(scores_N.isfinite().all()))) > 0:
-            raise ValueError(
-                f"layer {s} has scores that are not finite on the calibration rows; thresholds want finite weights "
-                "and activations, take an earlier checkpoint"
-            )
+        if not bool(scores_N.isfinite().all()):
+            pools.broken_layer = min(pools.broken_layer, s)
         complete = scores_N.numel() < limit
         cut = scores_N.new_full((1,), float("-inf")) if complete else scores_N.min()[None]
         pool.add(None, scores_N, cut, found.positions.new_tensor([active]))
-        if by_feature:
+        if pools.by_feature:
             pre_BF = model.pre_activations(s, mlp_in_BLD[:, s])
-            _collect_by_feature(pre_BF, features[s].counts(), factor, by_feature[s])
+            _collect_by_feature(pre_BF, features[s].counts(), factor, pools.by_feature[s])
 
 
 def _collect_by_feature(pre_BF: Tensor, active_F: Tensor, factor: float, pool: _Pool) -> None:

@@ -228,6 +228,8 @@ class TrainConfig:
     log_every: int = 10
     # Start over, discarding what the run folder holds.
     fresh: bool = False
+    # Write a Chrome trace of three of the first steps of this call, a file for each rank, into the run folder.
+    profile: bool = False
 
 
 class DecoderSplit(StrEnum):

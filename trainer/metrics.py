@@ -23,6 +23,7 @@ from activation_store.progress import report
 from trainer.config import LogConfig, RunConfig, WandbMode
 from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Collectives
 from trainer.parallel.engine import BatchLoss
 from trainer.run_folder import RunFolder, config_to_dict
 
@@ -45,7 +46,10 @@ def training_record(
     `fvu` is by the training rule, in raw units, centred per layer and dimension on this batch, mean over layers.
     """
     assert loss.residual_L is not None
-    fvu_L = loss.residual_L / _centred_squares([batch.mlp_out for batch in microbatches]).to(loss.residual_L)
+    fvu_L = loss.residual_L / _centred_squares([batch.mlp_out for batch in microbatches], model.collectives).to(
+        loss.residual_L
+    )
+    n_features_total = model.spec.n_layers * model.spec.n_features
     dead_LF = model.tokens_since_active_LF >= context.dead_after_tokens
     record: dict[str, Any] = {
         "step": step,
@@ -63,7 +67,7 @@ def training_record(
         "l0": loss.l0_L.sum().item(),
         "l0_per_layer": loss.l0_L.tolist(),
         "grad_norm": grad_norm,
-        "dead_fraction": dead_LF.float().mean().item(),
+        "dead_fraction": model.collectives.sum_features(dead_LF.sum()).item() / n_features_total,
     }
     if model.spec.is_topk:
         record["k"] = context.k
@@ -72,10 +76,12 @@ def training_record(
     return record
 
 
-def _centred_squares(parts: Sequence[Tensor]) -> Tensor:
-    """(L) sum of squares about the mean of each layer and dimension, of rows (B, L, D) in parts."""
-    mean_LD = torch.stack([part_BLD.sum(dim=0) for part_BLD in parts]).sum(dim=0) / sum(map(len, parts))
-    return torch.stack([(part_BLD - mean_LD).square_().sum(dim=2).sum(dim=0) for part_BLD in parts]).sum(dim=0)
+def _centred_squares(parts: Sequence[Tensor], over: Collectives) -> Tensor:
+    """(L) sum of squares about the mean of each layer and dimension, of rows (B, L, columns) in parts on all ranks."""
+    total_LD = over.sum_data(torch.stack([part_BLD.sum(dim=0) for part_BLD in parts]).sum(dim=0))
+    mean_LD = total_LD / (sum(map(len, parts)) * over.data_size)
+    squares_L = torch.stack([(part_BLD - mean_LD).square_().sum(dim=2).sum(dim=0) for part_BLD in parts]).sum(dim=0)
+    return over.sum_columns(over.sum_data(squares_L))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from itertools import chain
 
 from activation_store.config import SourceKind
 from activation_store.errors import UserError
-from trainer.config import ActivationKind, DecoderInit, Master, ParamDtype, RunConfig, Score
+from trainer.config import ActivationKind, DecoderInit, Master, ParallelConfig, ParamDtype, RunConfig, Score
 
 _TOP_K_KINDS = (ActivationKind.topk, ActivationKind.batchtopk)
 
@@ -22,10 +22,35 @@ def check_run_config(config: RunConfig) -> None:
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
     for axis in ("data", "feature"):
-        size = getattr(config.parallel, axis)
+        size = getattr(parallel, axis)
         if size != 1:
             yield f"parallel.{axis}={size}: this version trains on one device; use parallel.{axis}=1"
+    ranks = parallel.data * parallel.feature
+    key = "batch_size_tokens" if train.microbatch_tokens is None else "microbatch_tokens"
+    microbatch = getattr(train, key)
+    if microbatch % ranks:
+        yield (
+            f"train.{key}={microbatch} cannot be shared equally by {ranks} processes (parallel.data={parallel.data} x "
+            f"parallel.feature={parallel.feature}); use {_nearest_multiples(microbatch, ranks)}"
+        )
+    n_features = config.model.n_features
+    if n_features % parallel.feature:
+        yield (
+            f"model.n_features={n_features} is not divisible by parallel.feature={parallel.feature}; use "
+            f"{_nearest_multiples(n_features, parallel.feature)}"
+        )
+
+
+def check_columns(d_model: int, parallel: ParallelConfig) -> None:
+    """Raises UserError where the columns of the decoders (known once the subject is) cannot be split evenly."""
+    if d_model % parallel.feature:
+        raise UserError(
+            f"the subject's d_model={d_model} is not divisible by parallel.feature={parallel.feature}, and decoders "
+            f"are split by its columns; use parallel.feature={_nearest_divisors(d_model, parallel.feature)}, or "
+            "parallel.decoder_split=rows"
+        )
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -236,6 +261,19 @@ def _source(config: RunConfig) -> Iterator[str]:
             f"source.fill_fraction={source.fill_fraction} must be above 0 and at most 1: it is the share of the ring "
             "that is filled before a batch is drawn"
         )
+
+
+def _nearest_multiples(number: int, factor: int) -> str:
+    """The two next to `number`, or the one above what is too small."""
+    below = number // factor * factor
+    return f"{below} or {below + factor}" if below else f"{factor}"
+
+
+def _nearest_divisors(whole: int, wanted: int) -> str:
+    """The two next to `wanted`."""
+    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    below, above = [n for n in divisors if n < wanted], [n for n in divisors if n > wanted]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:

@@ -1,6 +1,6 @@
 """A run folder: its config, what counts as one, and when a call may continue it.
 
-config.yaml  metrics.jsonl  checkpoints/  evaluation.json  plots/  sample/  wandb/  wandb.json
+config.yaml  metrics.jsonl  checkpoints/  evaluation.json  plots/  profile/  sample/  wandb/  wandb.json
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from activation_store.compare import config_differences
 from activation_store.config import SourceKind
 from activation_store.errors import UserError
 from trainer.config import RunConfig
+from trainer.parallel.launcher import launching_words, process_count
 
 # What a run's weights do not depend on, and so may change from one call to the next. `store.path` is free because a
 # checkpoint records which store it was trained on, and a resume compares that.
@@ -35,10 +36,14 @@ FREE_FIELDS = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.log_every",
+    "train.profile",
     "source.prefetch_bytes",
     "source.threads",
     "source.harvester_devices",
     "source.budget_bytes",
+    # Any mesh and engine go on with what another has begun.
+    "parallel",
+    "engine",
     "store.path",
     "store.batch_contexts",
     "subject.cache_dir",
@@ -54,6 +59,7 @@ _OWN_NAMES = (
     "evaluation.json",
     "evaluation_inputs.json",
     "plots",
+    "profile",
     "sample",
     "wandb",
     "wandb.json",
@@ -167,11 +173,13 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def resume_command(run: Path | str, verb: str = "train") -> str:
-    """What to type to continue: the command that is running, without train.fresh, or `layerloom VERB run=...`."""
-    if Path(sys.argv[0]).name == "layerloom":
+    """What to type to continue: the command that is running, without train.fresh, or `layerloom VERB run=...`; as one
+    of several processes, with what starts them.
+    """
+    words = [verb, f"run={run}"]
+    if Path(sys.argv[0]).name == "layerloom" or (process_count() > 1 and sys.argv[0].endswith("launch/main.py")):
         words = [word for word in sys.argv[1:] if not word.startswith("train.fresh")]
-        return shlex.join(["layerloom", *words])
-    return shlex.join(["layerloom", verb, f"run={run}"])
+    return shlex.join([*launching_words(), *words])
 
 
 def _binding(config: RunConfig) -> Mapping[str, Any]:

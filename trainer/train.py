@@ -16,27 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from activation_store.batch import ActivationBatch
 from activation_store.errors import AgreedError, AgreedInterruptError, UserError
 from activation_store.progress import Progress, human_seconds, report, silenced
 from trainer.build import build_model, checkpoint_bytes, model_spec
-from trainer.calibrate import calibrate_thresholds
 from trainer.checkpoint import Checkpoint, Checkpointer, check_space
 from trainer.config import RunConfig
+from trainer.dealing import Dealing
 from trainer.full_disk import full_disk_told
-from trainer.held_out import evaluate_rows
+from trainer.in_training import Evaluator
 from trainer.interrupt import StopRequest
 from trainer.loss import StepContext
 from trainer.memory import freed_memory_kept
 from trainer.metrics import MetricsLog, check_wandb, read_metrics, training_record
 from trainer.model.clt import CrossLayerTranscoder
-from trainer.model.collectives import Partitioning
+from trainer.model.collectives import Collectives
 from trainer.nonfinite import check_finite
 from trainer.parallel.agreement import Agreement, lost_peers_told
+from trainer.parallel.collectives import collectives_of
 from trainer.parallel.engine import BatchLoss, Engine, build_engine
 from trainer.parallel.feed import Feed
-from trainer.parallel.mesh import Mesh, open_mesh, rank_device
+from trainer.parallel.mesh import Axis, Mesh, open_mesh, rank_device
+from trainer.parallel.split import SplitChoice, choose_split
+from trainer.profile import profiled
 from trainer.reproducibility import (
     deterministic,
     environment,
@@ -45,8 +49,8 @@ from trainer.reproducibility import (
     rng_state,
     seed_everything,
 )
-from trainer.rows import CalibrationRows, held_out_batches
-from trainer.rules import check_run_config
+from trainer.rows import CalibrationRows
+from trainer.rules import check_columns, check_run_config
 from trainer.run_folder import RunFolder, resume_command
 from trainer.schedule import Schedule, build_schedule, dead_after_tokens
 from trainer.sources import Batches, Source, open_source
@@ -97,6 +101,9 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         source = open_source(config)
         spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
         kernels = choose_kernels(config, spec, device)
+        split = choose_split(config.parallel, config.model, config.activation, spec)
+        if split.by_columns:
+            check_columns(spec.d_model, config.parallel)
         if mesh.is_first:
             n_bytes = checkpoint_bytes(spec, config.optim)
             check_space(folder.path, n_bytes=n_bytes, keep=config.train.keep_checkpoints)
@@ -121,12 +128,15 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         if resumed_from == schedule.total_steps:
             report(f"train: {folder.path} is complete ({resumed_from} steps); nothing to do")
         else:
-            report(f"train: {_mesh_words(mesh)}{kernels.line}")
+            if mesh.size > 1:
+                report(f"train: {_mesh_line(mesh, config, split)}")
+            report(f"train: {kernels.line}")
             _prepare(source, mesh, agreement)
             _Run(
                 config,
                 mesh=mesh,
                 agreement=agreement,
+                by_columns=split.by_columns,
                 folder=folder,
                 source=source,
                 schedule=schedule,
@@ -142,9 +152,11 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
     return TrainSummary(folder.path, schedule.total_steps, metrics, seconds, resumed_from)
 
 
-def _mesh_words(mesh: Mesh) -> str:
-    """For the log; nothing on one device."""
-    return "" if mesh.size == 1 else f"{mesh.size} processes, data={mesh.data.size} x feature={mesh.feature.size}; "
+def _mesh_line(mesh: Mesh, config: RunConfig, split: SplitChoice) -> str:
+    """For the log."""
+    decoders = f"; decoders by {split.reason}" if mesh.feature.size > 1 else ""
+    sizes = f"data={mesh.data.size} x feature={mesh.feature.size}"
+    return f"{mesh.size} processes, {sizes}; engine {config.engine.kind}{decoders}"
 
 
 def _prepare(source: Source, mesh: Mesh, agreement: Agreement) -> None:
@@ -172,6 +184,7 @@ class _Run:
         *,
         mesh: Mesh,
         agreement: Agreement,
+        by_columns: bool,
         folder: RunFolder,
         source: Source,
         schedule: Schedule,
@@ -180,19 +193,19 @@ class _Run:
         kernels: ChosenKernels,
     ) -> None:
         self.config, self.folder, self.source, self.device = config, folder, source, device
-        self.mesh, self.agreement = mesh, agreement
+        self.mesh, self.agreement, self.by_columns = mesh, agreement, by_columns
         self.store = source.reference
         self.schedule, self.checkpointer = schedule, checkpointer
         self.batch_tokens = config.train.batch_size_tokens
         self.microbatch = config.train.microbatch_tokens or self.batch_tokens
         self.microbatches_per_step = self.batch_tokens // self.microbatch
         self.dead_after_tokens = dead_after_tokens(config)
-        self.held_out = self.store.held_out()
         self.source_state: dict[str, Any] = {}
         self.calibrated_step: int | None = None
         seed_everything(config.model.seed)
         self.model = self._build()
         self.engine: Engine = build_engine(replace(config, kernels=kernels.config), self.model)
+        self.evaluator = Evaluator(config, self.store, self.model, device=device, dealing=self._dealing())
         density = kernels.config.dense_above_density
         self.environment = environment(device) | {"kernels": kernels.name, "dense_above_density": density}
 
@@ -207,20 +220,16 @@ class _Run:
             progress = stack.enter_context(
                 Progress("train", total=last_step * self.batch_tokens, unit="tok", initial=step * self.batch_tokens)
             )
+            profile = stack.enter_context(
+                profiled(self.folder.path, self.mesh.rank, self.agreement, wanted=train.profile)
+            )
             saved_step, stopped = step, False
             while step < last_step and not stopped:
-                with self._continuable(saved_step):
+                with self._continuable(saved_step), record_function("step: wait for rows"):
                     microbatches = [next(batches) for _ in range(self.microbatches_per_step)]
                 step += 1
                 logged = step % train.log_every == 0 or step in {1, last_step}
-                loss = self.engine.backward(microbatches, self._context(step), residual=logged)
-                norm = check_finite(
-                    loss, self.engine, self.model, microbatches, step=step, resume=self._where_to_resume(saved_step)
-                )
-                self.engine.update(norm)
-                self.model.record_step(
-                    loss.fired, self.batch_tokens, loss.batch_threshold_L, self.config.activation.threshold_decay
-                )
+                loss, norm = self._update(step, microbatches, saved_step, logged=logged)
                 note = ""
                 if logged:
                     record = self._record(step, microbatches, loss, norm, batches)
@@ -232,6 +241,9 @@ class _Run:
                 if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
                     saved_step = self._save(step, log, batches)
                 progress.advance(self.batch_tokens, note=note)
+                if train.profile:
+                    with self._told_together():
+                        profile.step()
                 # A signal reaches one rank before another, or one rank alone: they stop after the same step.
                 stopped = self.agreement.any(stop.requested)
             if step > saved_step:
@@ -241,6 +253,29 @@ class _Run:
             left = f"continue with `{resume_command(self.folder.path)}`" if step < last_step else "training is complete"
             report(f"train: stopped at step {step} of {last_step}; {left}")
             raise AgreedInterruptError
+
+    def _update(
+        self, step: int, microbatches: Sequence[ActivationBatch], saved_step: int, *, logged: bool
+    ) -> tuple[BatchLoss, float]:
+        """One update of the parameters and of the model's state; the loss before it, and the gradients' norm."""
+        with record_function("step: forward and backward"):
+            loss = self.engine.backward(microbatches, self._context(step), residual=logged)
+        with record_function("step: gradient norm"):
+            norm = check_finite(
+                loss,
+                self.engine,
+                self.model,
+                microbatches,
+                self.agreement,
+                step=step,
+                resume=self._where_to_resume(saved_step),
+            )
+        with record_function("step: update"):
+            self.engine.update(norm)
+            self.model.record_step(
+                loss.fired, self.batch_tokens, loss.batch_threshold_L, self.config.activation.threshold_decay
+            )
+        return loss, norm
 
     def _open_log(self, stack: ExitStack, step: int) -> MetricsLog | None:
         """On rank 0, until the stack is closed."""
@@ -272,13 +307,34 @@ class _Run:
             )
         if self.mesh.size == 1:
             return source
-        return Feed(source, self.mesh, Partitioning(), device=self.device)
+        return Feed(source, self.mesh, self.model.collectives.partitioning, device=self.device)
 
     def _build(self) -> CrossLayerTranscoder:
         rows = None
         if self.config.model.initial_density is not None:
-            rows = next(iter(self._calibration_rows(_INITIAL_ROWS, batch_rows=_INITIAL_ROWS)))
-        return build_model(self.config, self.store.statistics(), device=self.device, initial_rows_BLD=rows)
+            rows_of = CalibrationRows(
+                store=self.store, n_rows=_INITIAL_ROWS, batch_rows=_INITIAL_ROWS, device=self.device
+            )
+            with self.agreement.together():
+                rows = next(iter(rows_of))
+        return build_model(
+            self.config,
+            self.store.statistics(),
+            device=self.device,
+            initial_rows_BLD=rows,
+            collectives=self._collectives(self.mesh),
+        )
+
+    def _collectives(self, mesh: Mesh) -> Collectives:
+        return collectives_of(mesh, by_columns=self.by_columns)
+
+    def _dealing(self) -> Dealing:
+        """Of what is measured over the data axis."""
+        mesh = self.mesh
+        if mesh.size == 1:
+            return Dealing()
+        alone = self._collectives(replace(mesh, data=Axis()))
+        return Dealing(mesh.data.rank, mesh.data.size, alone=alone, agreement=self.agreement)
 
     def _context(self, step: int) -> StepContext:
         return StepContext(
@@ -310,30 +366,11 @@ class _Run:
         )
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
-        """Calibrates the inference threshold on training rows and measures both rules on the held-out rows, in fp32.
-
-        Before the end, calibration takes as many rows as are measured: a threshold for a point of the curve.
-        """
-        held_out_rows = 0 if self.held_out is None else self.held_out.n_rows
-        n_rows = self.config.activation.calibration_tokens
-        if step < self.schedule.total_steps:
-            n_rows = min(n_rows, held_out_rows)
-        if n_rows > 0:
-            rows = self._calibration_rows(n_rows, batch_rows=self.microbatch)
-            try:
-                calibrate_thresholds(self.model, rows, self.config.activation.threshold_scope.value)
-            except ValueError as error:
-                # The last update may be the one that overflows: no later loss tells.
-                raise UserError(f"after step {step}: {error}") from error
+        """Calibrates the inference threshold on training rows and measures both rules on the held-out rows, in fp32."""
+        if self.evaluator.calibrate(step, last=step == self.schedule.total_steps):
             self.calibrated_step = step
-        if self.held_out is not None:
-            batches = held_out_batches(self.held_out, batch_rows=self.microbatch, device=self.device)
-            mean_out_LD = self.store.statistics().out_mean_LD.to(self.device)
-            found = evaluate_rows(self.model, batches, mean_out_LD=mean_out_LD)
+        if (found := self.evaluator.measure()) is not None:
             self._write(log, {"step": step, "eval": found})
-
-    def _calibration_rows(self, n_rows: int, *, batch_rows: int) -> CalibrationRows:
-        return CalibrationRows(store=self.store, n_rows=n_rows, batch_rows=batch_rows, device=self.device)
 
     def _save(self, step: int, log: MetricsLog | None, batches: Batches) -> int:
         """Writes the checkpoint of `step`, after the metrics up to it; returns `step`."""

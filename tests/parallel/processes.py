@@ -96,7 +96,7 @@ class Processes:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="layerloom-ranks-")
         context = multiprocessing.get_context("spawn")
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             store = Path(self._folder.name) / "store" if self._initialise else None
@@ -152,7 +152,8 @@ def _serve(pipe: Connection, rank: int, size: int, environment: dict[str, str], 
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -304,9 +304,9 @@ class CrossLayerTranscoder(nn.Module):
         y_BTD = self.empty_output(features[0].n_tokens)
         for s, codes in enumerate(features.layers):
             y_BTD = self.decode_into(y_BTD, s, codes, mlp_in_BLD[:, s] if mlp_in_BLD is not None else None)
-        return self._complete(y_BTD, mlp_in_BLD)
+        return self.complete_raw(y_BTD, mlp_in_BLD)
 
-    def _complete(self, y_BTD: Tensor, mlp_in_BLD: Tensor | None) -> Tensor:
+    def complete_raw(self, y_BTD: Tensor, mlp_in_BLD: Tensor | None) -> Tensor:
         """`complete` from raw inputs."""
         if not self.collectives.partitioning.rows_split:
             return y_BTD
@@ -338,7 +338,7 @@ class CrossLayerTranscoder(nn.Module):
         y_BTD = self.empty_output(mlp_in_BLD.shape[0])
         for s in range(self.spec.n_layers):
             y_BTD = self.decode_into(y_BTD, s, self.encode_layer(s, mlp_in_BLD[:, s]), mlp_in_BLD[:, s])
-        return self._complete(y_BTD, mlp_in_BLD)
+        return self.complete_raw(y_BTD, mlp_in_BLD)
 
     # --- training ----------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,14 @@ class Agreement:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order."""
+        if self._group is None:
+            return [value]
+        values = [value] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """An exception in the block on any rank becomes an AgreedError of all, with what the first of them had to say.
@@ -63,8 +71,7 @@ class Agreement:
             problem = error
         if not self.any(problem is not None):
             return
-        texts: list[str | None] = [None] * self._size
-        dist.all_gather_object(texts, self._text(problem), group=self._group)
+        texts = self.gather(self._text(problem))
         if problem is not None and not isinstance(problem, UserError | OSError):
             raise problem
         raise AgreedError(next(text for text in texts if text is not None)) from problem

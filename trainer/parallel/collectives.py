@@ -32,6 +32,8 @@ class MeshCollectives(IdentityCollectives):
         self._mesh, self._feature, self._data = mesh, mesh.feature, mesh.data
         self.partitioning = Partitioning(mesh.feature.size, mesh.feature.rank, by_columns)
         self.data_size = mesh.data.size
+        # Over both axes; without a data axis (a batch that one feature group has for itself) over the other.
+        self._group = mesh.feature.group if mesh.data.size == 1 else None
         if mesh.feature.size > 1:
             # One layer for the numbers to arrive, and with columns one more for the codes.
             self.ahead = 2 if by_columns else 1
@@ -77,13 +79,13 @@ class MeshCollectives(IdentityCollectives):
     def smallest(self, x: Tensor) -> Tensor:
         """See Collectives."""
         found = x.clone()
-        dist.all_reduce(found, dist.ReduceOp.MIN)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self._group)
         return found
 
     @torch.no_grad()
     def gather_all(self, x_N: Tensor) -> Tensor:
         """See Collectives."""
-        return gather_lists(x_N, self._mesh.size, None)
+        return gather_lists(x_N, self._mesh.size, self._group)
 
     @torch.no_grad()
     def gather_data(self, x_N: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class MeshCollectives(IdentityCollectives):
     def count_all(self, n: int) -> int:
         """See Collectives."""
         total = torch.tensor([n], device=self._mesh_device())
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._group)
         return int(total)
 
     # --- selection -----------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ class MeshCollectives(IdentityCollectives):
         tie_bits = (n_tokens * self._data.size * len(layers) * all_features - 1).bit_length()
         counters = torch.int32 if total < 2**31 else torch.int64
         scores_N = torch.cat([found.scores for found in layers])
-        kept_N = mark_largest(scores_N, torch.cat(ties), n, tie_bits, _sum_of_world, counters)
+        kept_N = mark_largest(scores_N, torch.cat(ties), n, tie_bits, self._sum_all, counters)
         return list(torch.split(kept_N, [found.scores.numel() for found in layers]))
 
     # --- codes and activations -----------------------------------------------------------------------------------
@@ -163,12 +165,11 @@ class MeshCollectives(IdentityCollectives):
             return parts[0]
         return sum_parts(exchange_equal(torch.stack(parts), self._feature))
 
+    def _sum_all(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self._group)
+        return x
+
     def _mesh_device(self) -> torch.device:
         assert self._mesh.device_mesh is not None
         kind = self._mesh.device_mesh.device_type
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _sum_of_world(x: Tensor) -> Tensor:
-    dist.all_reduce(x)
-    return x

@@ -30,6 +30,7 @@ from activation_store.errors import AgreedError
 from trainer.model.collectives import Partitioning
 from trainer.parallel.agreement import Agreement
 from trainer.parallel.mesh import Mesh
+from trainer.parallel.sums import all_gather
 from trainer.sources import Batches
 
 _POLL_SECONDS = 0.1
@@ -191,7 +192,7 @@ class Spread:
         if self._axis.size == 1:
             return x_LbD
         out_GLbD = x_LbD.new_empty(self._axis.size, *x_LbD.shape)
-        dist.all_gather_into_tensor(_bytes(out_GLbD), _bytes(x_LbD.contiguous()), group=self._group)
+        all_gather(_bytes(out_GLbD), _bytes(x_LbD.contiguous()), group=self._group)
         return self._joined(out_GLbD)
 
     def _my_columns(self, x_LbD: Tensor) -> Tensor:

@@ -45,6 +45,17 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launching_words() -> list[str]:
+    """The command line that starts this job, up to its verb."""
+    count, here = process_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if count == 1:
+        return ["layerloom"]
+    if not here:
+        return ["srun", "-n", str(count), "layerloom"]
+    nodes = ["--nnodes", str(count // here)] if count > here else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "launch.main"]
+
+
 def local_rank() -> int:
     """Which of the processes of this machine this is: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
