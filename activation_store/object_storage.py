@@ -8,7 +8,7 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTI
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ from activation_store.storage import Bytes
 T = TypeVar("T")
 # One request reads at most so much: a dropped connection loses no more.
 _REQUEST_BYTES = 1 << 25
+# Of a large upload; S3 takes at most 10,000 parts.
+_PART_BYTES = 1 << 26
+_PART_RETRIES = 10
 _CLIENT_OPTIONS = {
     # Without a byte for so long, a connection counts as dropped; a large upload may take its time.
     "read_timeout": "30s",
@@ -104,6 +107,21 @@ class ObjectStorage:
     def put(self, key: str, data: Bytes) -> None:
         """One request. What was acknowledged is durable."""
         self._request(key, lambda _: obstore.put(self._store, key, data, use_multipart=False))
+
+    def put_stream(self, key: str, pieces: Iterable[Bytes]) -> None:
+        """An object of any size from pieces that are asked for as they are sent; once more for each further attempt.
+
+        It appears whole, when all were sent (a multipart upload). What was acknowledged is durable.
+        """
+
+        def upload(_: int) -> None:
+            obstore.put(uploads, key, iter(pieces), use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=2)
+
+        # A part that fails is sent again by obstore, for nothing depends on whether it was there; only when that does
+        # not help, all of them.
+        uploads = _connect(self.url, self._options.options, max_retries=_PART_RETRIES)
+
+        self._request(key, upload)
 
     def put_if_absent(self, key: str, pieces: Sequence[Bytes]) -> bool:
         """One conditional request, of at most 5 GB on S3."""
@@ -237,7 +255,7 @@ class ObjectFile:
         return self._storage.read_range(self._key, start, stop)
 
 
-def _connect(url: str, options: dict[str, str]) -> Any:
+def _connect(url: str, options: dict[str, str], *, max_retries: int = 0) -> Any:
     for key in options:
         if any(word in key.lower() for word in _SECRETS):
             raise UserError(
@@ -248,10 +266,10 @@ def _connect(url: str, options: dict[str, str]) -> Any:
     client: dict[str, Any] = dict(_CLIENT_OPTIONS)
     if endpoint.startswith("http://"):
         client["allow_http"] = True
-    # Retries are ours: a conditional request may only be repeated by who knows what its answer then means.
+    # Other retries are ours: a conditional request may only be repeated by who knows what its answer then means.
     try:
         connect: Any = from_url
-        return connect(url, config=options, client_options=client, retry_config={"max_retries": 0})
+        return connect(url, config=options, client_options=client, retry_config={"max_retries": max_retries})
     except UnknownConfigurationKeyError as error:
         raise UserError(f"options of {url}: {_reason(error)}") from error
     except BaseError as error:

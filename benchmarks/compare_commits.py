@@ -115,7 +115,8 @@ def _hashes(tree: Path, work: Path, subject: Path, text: Path, names: list[str])
         run = work / f"run_{number}"
         top_k = TOP_K if "topk" in name or "per-layer" in name else []
         _layerloom(tree, ["train", *inputs, *TRAINING, *RUNS[name], *top_k, f"run={run}"])
-        checkpoints = sorted(run.glob("checkpoints/step_*/model.safetensors"))
+        # Commits before checkpoints in parts have one file.
+        checkpoints = sorted(run.glob("checkpoints/step_*/model*.safetensors"))
         digest = hashlib.sha256()
         for key, tensor in sorted(load_file(checkpoints[-1]).items()):
             digest.update(f"{key} {tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes())

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from activation_store.errors import UserError
-from launch.verbs import STORE_ACTIONS, VERBS
+from launch.verbs import CHECKPOINT_ACTIONS, STORE_ACTIONS, VERBS
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """`verb` is empty for `layerloom --help` and `--version` alone; `action` and `folders` belong to `store`."""
+    """`verb` is empty for `layerloom --help` and `--version` alone.
+
+    `action` and `folders` belong to `store` and `checkpoint`.
+    """
 
     verb: str
     action: str
@@ -37,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Raises UserError for an unknown verb, option or store action."""
+    """Raises UserError for an unknown verb, option or action."""
     parser = _Parser(prog="layerloom", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -55,6 +58,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     folders: tuple[str, ...] = ()
     if verb == "store" and not parsed.help:
         action, folders, words = _store_words(words)
+    if verb == "checkpoint" and not parsed.help:
+        action, folders, words = _checkpoint_words(words)
     return Arguments(
         verb=verb,
         action=action,
@@ -80,4 +85,21 @@ def _store_words(words: list[str]) -> tuple[str, tuple[str, ...], list[str]]:
             raise UserError("store merge joins several stores; want: layerloom store merge FOLDER FOLDER output=FOLDER")
     elif len(folders) > 1:
         raise UserError(f"store {words[0]} looks at one folder, got {len(folders)}: {' '.join(folders)}")
+    return words[0], folders, overrides
+
+
+def _checkpoint_words(words: list[str]) -> tuple[str, tuple[str, ...], list[str]]:
+    """`info FOLDER`, `convert FOLDER output=FOLDER`: the action, the folder if it stands alone, the overrides."""
+    actions = " | ".join(CHECKPOINT_ACTIONS)
+    if not words or words[0] not in CHECKPOINT_ACTIONS:
+        given = f"checkpoint {words[0]}" if words else "checkpoint alone"
+        raise UserError(f"{given} is not a command; want: layerloom checkpoint {actions} FOLDER")
+    folders = tuple(word for word in words[1:] if "=" not in word)
+    overrides = [word for word in words[1:] if "=" in word]
+    if len(folders) > 1:
+        raise UserError(f"checkpoint {words[0]} looks at one folder, got {len(folders)}: {' '.join(folders)}")
+    if words[0] == "convert" and not any(word.startswith("output=") for word in overrides):
+        raise UserError(
+            "checkpoint convert writes a new folder; want: layerloom checkpoint convert FOLDER output=FOLDER"
+        )
     return words[0], folders, overrides

@@ -127,6 +127,19 @@ def store(config: LayerloomConfig, arguments: Arguments) -> int:
     return getattr(stores, arguments.action)(config, folders, keys)  # type: ignore[no-any-return]
 
 
+def checkpoint(config: LayerloomConfig, arguments: Arguments) -> int:
+    """`layerloom checkpoint info | convert | verify`."""
+    from launch import checkpoints
+
+    keys = {str(word.key_or_group) for word in parse_overrides(arguments.overrides)}
+    if not (arguments.folders or "run" in keys):
+        raise UserError(
+            f"checkpoint {arguments.action} wants a run or a checkpoint: layerloom checkpoint {arguments.action} FOLDER"
+        )
+    name = arguments.folders[0] if arguments.folders else config.run
+    return getattr(checkpoints, arguments.action)(config, name, keys)  # type: ignore[no-any-return]
+
+
 def sweep(config: LayerloomConfig, arguments: Arguments) -> int:
     """`layerloom sweep`."""
     from launch.sweep import run_sweep

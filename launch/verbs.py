@@ -18,6 +18,7 @@ _TRAIN_GROUPS = (
     "log",
 )
 STORE_ACTIONS = ("info", "verify", "repair", "merge", "remove")
+CHECKPOINT_ACTIONS = ("info", "convert", "verify")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ VERBS: dict[str, Verb] = {
         ("store",),
         ("output", "confirm", "device", "subject.path", "subject.cache_dir", "text.path"),
         "store",
+        strict=True,
+    ),
+    "checkpoint": Verb(
+        "looks at checkpoints: `checkpoint info FOLDER` describes one, `checkpoint verify FOLDER` checks every byte, "
+        "`checkpoint convert FOLDER output=FOLDER` writes one as plain safetensors files (FOLDER: a run, one of its "
+        "checkpoints, or a URL)",
+        (),
+        ("run", "output"),
+        "checkpoint",
         strict=True,
     ),
     "tune": Verb(

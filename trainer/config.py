@@ -222,6 +222,11 @@ class TrainConfig:
     # Steps between checkpoints (0: only at the end), and how many of the newest are kept.
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    # Where checkpoints go, if not into the run folder: another folder, or s3://BUCKET/PREFIX (also gs://, az://), for
+    # this run alone.
+    checkpoint_path: str = ""
+    # Train on while a checkpoint is written, from a copy in CPU memory as large as this process's part of it.
+    async_checkpoint: bool = True
     # Steps between evaluations on the store's held-out rows; 0: only at the end.
     eval_every: int = 100
     # Steps between lines of metrics.jsonl.

@@ -9,7 +9,7 @@ import torch
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
 from activation_store.progress import report
-from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer
+from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import RunConfig
 from trainer.kernels.dispatch import choose
 from trainer.model.clt import CrossLayerTranscoder
@@ -52,7 +52,7 @@ def load_run(run: Path | str, *, device: str = "cpu") -> LoadedRun:
     from activation_store.subject import SubjectInfo
 
     config = load_config(run)
-    checkpoint = Checkpointer(run).newest_good(files=[MODEL_FILE])
+    checkpoint = Checkpointer.of(run, config).newest_good(model_only=True)
     if checkpoint is None:
         raise UserError(f"run={run} has no good checkpoint; train it: layerloom train run={run}")
     model = load_checkpoint(checkpoint, config, resolve_device(device))

@@ -1,7 +1,7 @@
 """Stops at the first loss or gradient that is not finite, before it reaches a parameter, and says where it began."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ def check_finite(
     agreement: Agreement,
     *,
     step: int,
-    resume: str,
+    resume: Callable[[], str],
 ) -> float:
     """The gradients' norm, if it and the loss are finite.
 
-    Both are the same on all ranks. Raises AgreedError naming the step, the first layer at fault on any rank, and
-    `resume` (from where and how). One transfer from the device decides.
+    Both are the same on all ranks. Raises AgreedError naming the step, the first layer at fault on any rank, and what
+    `resume` says (from where and how). One transfer from the device decides.
     """
     norm = engine.gradient_norm()
     loss_value, norm_value = torch.stack([loss.total.double(), norm.to(loss.total.device)]).tolist()
@@ -36,7 +36,7 @@ def check_finite(
     _, where = min(agreement.gather(_first_layer(loss, model, microbatches)))
     raise AgreedError(
         f"{what} at step {step}, first in {where}; nothing of this step was saved: "
-        f"{resume}, or start over with a lower optim.lr (train.fresh=true)"
+        f"{resume()}, or start over with a lower optim.lr (train.fresh=true)"
     )
 
 

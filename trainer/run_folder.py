@@ -3,6 +3,7 @@
 config.yaml  metrics.jsonl  checkpoints/  evaluation.json  plots/  profile/  sample/  wandb/  wandb.json
 """
 
+import copy
 import dataclasses
 import fcntl
 import os
@@ -22,6 +23,8 @@ from activation_store.atomic import write_text
 from activation_store.compare import config_differences
 from activation_store.config import SourceKind
 from activation_store.errors import UserError
+from activation_store.object_storage import ObjectStorageOptions
+from activation_store.places import Place, place
 from trainer.config import RunConfig
 from trainer.parallel.launcher import launching_words, process_count
 
@@ -34,6 +37,7 @@ FREE_FIELDS = (
     "train.fresh",
     "train.keep_checkpoints",
     "train.checkpoint_every",
+    "train.async_checkpoint",
     "train.eval_every",
     "train.log_every",
     "train.profile",
@@ -142,6 +146,19 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
 
+def checkpoint_folder(run: Path | str, config: RunConfig) -> Place:
+    """Where the checkpoints of a run of that config are. Raises UserError for a URL that cannot be."""
+    if not config.train.checkpoint_path:
+        return RunFolder(run).checkpoints
+    # What is read of a checkpoint is read once: no local copies.
+    return place(config.train.checkpoint_path, ObjectStorageOptions(cache_bytes=0))
+
+
+def checkpoint_differences(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What a checkpoint's config has that may not differ, as `name: x there, y asked for`."""
+    return config_differences(_without_free(copy.deepcopy(dict(saved))), _binding(config))
+
+
 def save_config(run: Path | str, config: RunConfig) -> None:
     """Writes the resolved config (the RunConfig part of it) as `config.yaml`, whole or not at all."""
     plain = config_to_dict(config)
@@ -184,16 +201,19 @@ def resume_command(run: Path | str, verb: str = "train") -> str:
 
 def _binding(config: RunConfig) -> Mapping[str, Any]:
     """The config without its free fields."""
-    values = config_to_dict(config)
+    return _without_free(config_to_dict(config))
+
+
+def _without_free(values: dict[str, Any]) -> dict[str, Any]:
     for name in FREE_FIELDS:
         *groups, key = name.split(".")
         holder = values
         for group in groups:
             holder = holder[group]
-        del holder[key]
-    if config.source.kind is not SourceKind.live:
+        holder.pop(key, None)
+    if values["source"]["kind"] != SourceKind.live.name:
         # Who fills a store, and how many, changes nothing of it.
-        del values["source"]["harvesters"]
+        values["source"].pop("harvesters", None)
     return values
 
 

@@ -77,7 +77,10 @@ class Source(Protocol):
         """Batches from `position` on; `state` is that of the checkpoint there ({} at the start)."""
 
     def checkpointed(self, position: int) -> None:
-        """A checkpoint at `position` is durable: rows of batches before it will not be asked for again."""
+        """A checkpoint at `position` is durable: rows of batches before it will not be asked for again.
+
+        Called by the thread that wrote it, while others take batches.
+        """
 
 
 def open_source(config: RunConfig) -> Source:

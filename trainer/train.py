@@ -51,7 +51,8 @@ from trainer.reproducibility import (
 )
 from trainer.rows import CalibrationRows
 from trainer.rules import check_columns, check_run_config
-from trainer.run_folder import RunFolder, resume_command
+from trainer.run_folder import RunFolder, checkpoint_differences, checkpoint_folder, config_to_dict, resume_command
+from trainer.saving.ranks import all_ranks
 from trainer.schedule import Schedule, build_schedule, dead_after_tokens
 from trainer.sources import Batches, Source, open_source
 from trainer.tuned import ChosenKernels, choose_kernels
@@ -106,7 +107,8 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
             check_columns(spec.d_model, config.parallel)
         if mesh.is_first:
             n_bytes = checkpoint_bytes(spec, config.optim)
-            check_space(folder.path, n_bytes=n_bytes, keep=config.train.keep_checkpoints)
+            place, keep = checkpoint_folder(folder.path, config), config.train.keep_checkpoints
+            check_space(folder.path, n_bytes=n_bytes, keep=keep, folder=place)
             check_wandb(config.log)
     # What another machine has measured may differ, and all must go dense alike.
     kernels = agreement.first(kernels)
@@ -117,12 +119,14 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
                 stack.enter_context(folder.locked())
                 # Again, for another process may have trained here in the meantime.
                 folder.check(config)
+                if config.train.fresh:
+                    Checkpointer.of(folder.path, config).discard()
                 folder.start(config)
         stack.enter_context(deterministic(device))
         stack.enter_context(freed_memory_kept(device))
-        checkpointer = Checkpointer(folder.path, keep=config.train.keep_checkpoints)
-        with agreement.together():
-            checkpoint = checkpointer.to_resume()
+        background = config.train.async_checkpoint
+        checkpointer = Checkpointer.of(folder.path, config, ranks=all_ranks(), background=background)
+        checkpoint = checkpointer.to_resume()
         resumed_from = None if checkpoint is None else checkpoint.step
         schedule = build_schedule(config)
         if resumed_from == schedule.total_steps:
@@ -214,6 +218,7 @@ class _Run:
         train, last_step = self.config.train, self.schedule.total_steps
         step = self._restore(checkpoint)
         with ExitStack() as stack:
+            stack.enter_context(self.checkpointer)
             stop = stack.enter_context(StopRequest(told_later=self.mesh.size > 1))
             log = self._open_log(stack, step)
             batches = stack.enter_context(self._batches(step))
@@ -225,18 +230,18 @@ class _Run:
             )
             saved_step, stopped = step, False
             while step < last_step and not stopped:
-                with self._continuable(saved_step), record_function("step: wait for rows"):
+                with self._continuable(), record_function("step: wait for rows"):
                     microbatches = [next(batches) for _ in range(self.microbatches_per_step)]
                 step += 1
                 logged = step % train.log_every == 0 or step in {1, last_step}
-                loss, norm = self._update(step, microbatches, saved_step, logged=logged)
+                loss, norm = self._update(step, microbatches, logged=logged)
                 note = ""
                 if logged:
                     record = self._record(step, microbatches, loss, norm, batches)
                     self._write(log, record)
                     note = f"fvu {record['fvu']:.3f}, l0 {record['l0']:.0f}"
                 if step == last_step or (train.eval_every and step % train.eval_every == 0):
-                    with self._continuable(saved_step), self.engine.master_weights():
+                    with self._continuable(), self.engine.master_weights():
                         self._evaluate(step, log)
                 if step < last_step and train.checkpoint_every and step % train.checkpoint_every == 0:
                     saved_step = self._save(step, log, batches)
@@ -254,9 +259,7 @@ class _Run:
             report(f"train: stopped at step {step} of {last_step}; {left}")
             raise AgreedInterruptError
 
-    def _update(
-        self, step: int, microbatches: Sequence[ActivationBatch], saved_step: int, *, logged: bool
-    ) -> tuple[BatchLoss, float]:
+    def _update(self, step: int, microbatches: Sequence[ActivationBatch], *, logged: bool) -> tuple[BatchLoss, float]:
         """One update of the parameters and of the model's state; the loss before it, and the gradients' norm."""
         with record_function("step: forward and backward"):
             loss = self.engine.backward(microbatches, self._context(step), residual=logged)
@@ -268,7 +271,7 @@ class _Run:
                 microbatches,
                 self.agreement,
                 step=step,
-                resume=self._where_to_resume(saved_step),
+                resume=self._where_to_resume,
             )
         with record_function("step: update"):
             self.engine.update(norm)
@@ -373,7 +376,7 @@ class _Run:
             self._write(log, {"step": step, "eval": found})
 
     def _save(self, step: int, log: MetricsLog | None, batches: Batches) -> int:
-        """Writes the checkpoint of `step`, after the metrics up to it; returns `step`."""
+        """Writes the checkpoint of `step` (or begins to), after the metrics up to it; returns `step`."""
         with self._told_together():
             if log is not None:
                 log.sync()
@@ -390,12 +393,17 @@ class _Run:
             "calibrated_step": self.calibrated_step,
             "rng": rng_state(),
             "environment": self.environment,
+            "written_by": written_by(self.config),
+            "config": config_to_dict(self.config),
         }
         with self.engine.master_weights():
             self.checkpointer.save(
-                step, model=self.model.state_dict(), optimizer=self.engine.optimizer_tensors(), state=state
+                step,
+                model=self.model.state_dict(),
+                optimizer=self.engine.optimizer_tensors(),
+                state=state,
+                durable=lambda: self.source.checkpointed(step * self.microbatches_per_step),
             )
-        self.source.checkpointed(step * self.microbatches_per_step)
         return step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -403,6 +411,11 @@ class _Run:
         if checkpoint is None:
             return 0
         state = checkpoint.state
+        if differences := checkpoint_differences(state["config"], self.config):
+            raise AgreedError(
+                f"train.checkpoint_path={self.config.train.checkpoint_path} holds checkpoints of another config: "
+                f"{differences[0]}; give a folder or URL for this run alone"
+            )
         if state["data"]["store"] != self.source.identity:
             raise UserError(
                 f"{self.source.path} is not the store that run={self.folder.path} was trained on "
@@ -419,20 +432,31 @@ class _Run:
         report(f"train: continuing {self.folder.path} from step {checkpoint.step} of {self.schedule.total_steps}")
         return checkpoint.step
 
-    def _where_to_resume(self, saved_step: int) -> str:
-        if saved_step == 0:
+    def _where_to_resume(self) -> str:
+        self.checkpointer.settle()
+        if self.checkpointer.newest is None:
             return "no checkpoint was written yet"
-        name = f"step_{saved_step:08d}"
-        return f"resume from {self.folder.checkpoints / name} with `{resume_command(self.folder.path)}`"
+        return f"resume from {self.checkpointer.newest} with `{resume_command(self.folder.path)}`"
 
     @contextmanager
-    def _continuable(self, saved_step: int) -> Iterator[None]:
+    def _continuable(self) -> Iterator[None]:
         """Says of what goes wrong with the store, or with calibration, how training goes on afterwards."""
         try:
             yield
         except UserError as error:
             kind = AgreedError if isinstance(error, AgreedError) else UserError
-            raise kind(f"{error}; then {self._where_to_resume(saved_step)}") from error
+            raise kind(f"{error}; then {self._where_to_resume()}") from error
+
+
+def written_by(config: RunConfig) -> dict[str, Any]:
+    """Which mesh and engine a checkpoint is written by."""
+    parallel = config.parallel
+    return {
+        "data": parallel.data,
+        "feature": parallel.feature,
+        "decoder_split": parallel.decoder_split.value,
+        "engine": config.engine.kind.value,
+    }
 
 
 def _headline(metrics: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import jumprelu_bandwidth, kernels, scaling, step
+from benchmarks import checkpoints, jumprelu_bandwidth, kernels, scaling, step
 from tests.store.making import manifest, random_rows, write_store
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
@@ -79,3 +79,17 @@ def test_thresholds_are_shifted_to_the_l0_that_is_asked_for() -> None:
         jumprelu_bandwidth.match_l0(model, x_BLD, target)
         l0 = sum(float(codes.l0()) for codes in model.encode(x_BLD, rule="inference").layers)
         assert l0 == pytest.approx(target, abs=0.02)
+
+
+def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "checkpoints.md"
+    words = ["--shape", "2,32,64,16,4", "--every", "2", "--rounds", "1", "--folder", str(tmp_path / "here")]
+    run(checkpoints, monkeypatch, *words, "--write", str(page))
+    lines = page.read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == [
+        "---",
+        "none",
+        "while training waits",
+        "in the background",
+    ]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["step_00000002"]

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 
 from activation_store.config import StoreConfig, SubjectConfig, TextConfig
 from activation_store.errors import UserError
 from activation_store.harvest import harvest
+from trainer.checkpoint import Checkpointer
 from trainer.config import ActivationConfig, ActivationKind, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.evaluation import evaluate as evaluate_module
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.inputs import INPUTS_FILE, evaluation_is_current
 from trainer.evaluation.table import format_table
+from trainer.saving.reader import open_reader
 from trainer.tensor_file import hash_file
 from trainer.train import train
 
@@ -204,15 +205,10 @@ def test_the_checkpoint_that_was_chosen_is_the_one_measured(
     real = evaluate_module.load_subject
 
     def load_late(*args: Any, **kwargs: Any) -> Any:
-        newer = copy / "checkpoints" / "step_00000009"
-        shutil.copytree(copy / "checkpoints" / "step_00000008", newer)
-        tensors = load_file(newer / "model.safetensors")
-        save_file({name: 2 * tensor for name, tensor in tensors.items()}, newer / "model.safetensors")
-        state = json.loads((newer / "state.json").read_text())
-        file = hash_file(newer / "model.safetensors")
-        state["files"]["model.safetensors"] = {"bytes": file.n_bytes, "xxh3_64": file.xxh3_64}
-        (newer / "state.json").write_text(json.dumps(state))
-        (newer / "COMPLETE").write_text(hash_file(newer / "state.json").xxh3_64 + "\n")
+        older = copy / "checkpoints" / "step_00000008"
+        reader, state = open_reader(older), json.loads((older / "state.json").read_text())
+        model = {name: 2 * reader.tensor(name) for name in reader.entries()}
+        Checkpointer(copy).save(9, model=model, optimizer={}, state={**state, "step": 9})
         return real(*args, **kwargs)
 
     monkeypatch.setattr(evaluate_module, "load_subject", load_late)

@@ -11,9 +11,12 @@ import pytest
 from activation_store.errors import UserError
 from launch import stages
 from launch.arguments import parse_arguments
+from launch.compose import compose_node, to_config
 from launch.knobs import knobs
 from launch.main import main
 from launch.verbs import VERBS
+from trainer.config import ModelConfig, ParallelConfig, RunConfig
+from trainer.run_folder import save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +94,12 @@ def test_the_resolved_config_can_be_printed(capsys: pytest.CaptureFixture[str], 
         (["store", "remove"], ["layerloom store remove FOLDER"]),
         (["store", "info", "x", "subject.dtype=float16"], ["does not read subject.dtype"]),
         (["store", "info", "nowhere"], ["nowhere"]),
+        (["checkpoint"], ["layerloom checkpoint info | convert | verify FOLDER"]),
+        (["checkpoint", "info"], ["layerloom checkpoint info FOLDER"]),
+        (["checkpoint", "show", "x"], ["checkpoint show", "info | convert"]),
+        (["checkpoint", "info", "a", "b"], ["one folder", "a b"]),
+        (["checkpoint", "convert", "a"], ["output=FOLDER"]),
+        (["checkpoint", "verify", "nowhere"], ["nowhere"]),
         (["train", "activation.k=64", "model.n_features=32"], ["activation.k=64", "model.n_features=32"]),
         (["harvest", "text.context_length=1"], ["text.context_length=1", "at least 2"]),
         (["train", "run=same", "store.path=same"], ["run", "store.path", "both same"]),
@@ -165,3 +174,17 @@ def test_libraries_are_told_to_be_quiet_before_the_rules_import_them(monkeypatch
     monkeypatch.setattr(stages, "validate", validate)
     assert main(["demo"]) == 2
     assert seen == ["1"]
+
+
+def test_another_mesh_is_told_alone_and_the_rest_is_the_runs_own(tmp_path: Path) -> None:
+    own = RunConfig(model=ModelConfig(n_features=72), parallel=ParallelConfig(data=2, feature=2))
+    save_config(tmp_path, own)
+    for words, mesh in (
+        ([], (2, 2)),
+        (["parallel.data=4", "parallel.feature=1"], (4, 1)),
+        (["parallel.feature=8", "engine=plain"], (2, 8)),
+    ):
+        arguments = parse_arguments(["train", f"run={tmp_path}", *words])
+        config = stages._continued(to_config(compose_node(arguments.overrides, None, verb="train")), arguments)
+        assert config.model.n_features == 72
+        assert (config.parallel.data, config.parallel.feature) == mesh

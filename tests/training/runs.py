@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.checkpoint import Checkpointer
@@ -83,12 +82,13 @@ def tiny_run(store: RunConfig, run: Path, overrides: dict[str, Any] | None = Non
     return config
 
 
-def checkpoint_tensors(run: Path | str) -> dict[str, Tensor]:
-    """Model and optimizer of the newest good checkpoint."""
-    checkpoint = Checkpointer(run).newest_good()
+def checkpoint_tensors(run: Path | str, config: RunConfig | None = None) -> dict[str, Tensor]:
+    """Model and optimizer of the newest good checkpoint; of one that lies elsewhere, by the run's config."""
+    checkpoint = (Checkpointer(run) if config is None else Checkpointer.of(run, config)).newest_good()
     assert checkpoint is not None
-    return load_file(checkpoint.path / "model.safetensors") | {
-        f"optimizer.{name}": tensor for name, tensor in load_file(checkpoint.path / "optimizer.safetensors").items()
+    reader = checkpoint.reader()
+    return {name: reader.tensor(name) for name in reader.entries()} | {
+        f"optimizer.{name}": reader.tensor(name, kind="optimizer") for name in reader.entries("optimizer")
     }
 
 

@@ -1,18 +1,26 @@
 """Checkpoints: the file format against the safetensors library, damage, retention, full disks."""
 
+import errno
 import json
 import os
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from activation_store.errors import UserError
-from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer, check_space
-from trainer.tensor_file import hash_file, read_tensors_into, write_tensors
+from trainer.checkpoint import Checkpoint, Checkpointer, check_space
+from trainer.saving.storage import PartsWriter
+from trainer.tensor_file import hash_file, write_tensors
+
+FILES = ["model_00000.safetensors", "optimizer_00000.safetensors", "index.json", "state.json", "COMPLETE"]
 
 
 def _tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -29,7 +37,11 @@ def _tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def _save(checkpointer: Checkpointer, step: int) -> Path:
-    return checkpointer.save(step, model=_tensors(step), optimizer=_tensors(step + 1), state={"step": step, "a": [1]})
+    checkpointer.save(step, model=_tensors(step), optimizer=_tensors(step + 1), state={"step": step, "a": [1]})
+    checkpointer.wait()
+    assert isinstance(checkpointer.newest, Path)
+    assert checkpointer.newest.name == f"step_{step:08d}"
+    return checkpointer.newest
 
 
 def _loaded(checkpoint: Checkpoint | None) -> dict[str, Tensor]:
@@ -51,18 +63,17 @@ def test_files_are_safetensors_and_hashed(tmp_path: Path) -> None:
     for name, tensor in load_file(path).items():
         assert tensor.dtype == _tensors()[name].dtype
         assert torch.equal(tensor, _tensors()[name])
-    target = {name: torch.zeros_like(tensor) for name, tensor in _tensors().items()}
-    read_tensors_into(path, target)
-    assert all(torch.equal(target[name], tensor) for name, tensor in _tensors().items())
 
 
-def test_files_of_the_library_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in _tensors().items()}
-    save_file(tensors, path)
-    target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    read_tensors_into(path, target)
-    assert all(torch.equal(target[name], tensor) for name, tensor in tensors.items())
+def test_torch_alone_reads_a_checkpoint(tmp_path: Path) -> None:
+    path = _save(Checkpointer(tmp_path), 10)
+    (path / "optimizer_00000.safetensors").unlink()
+    target = {name: torch.zeros_like(tensor) for name, tensor in _tensors().items() if name != "mask"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one process
+        load(target, storage_reader=HuggingFaceStorageReader(str(path)))
+    assert all(torch.equal(tensor, _tensors(10)[name]) for name, tensor in target.items())
+    assert load_file(path / "model_00000.safetensors").keys() == _tensors().keys()
 
 
 @pytest.mark.parametrize(
@@ -73,11 +84,14 @@ def test_files_of_the_library_are_read(tmp_path: Path) -> None:
         ({"more": torch.zeros(1)}, "lacks tensor more"),
     ],
 )
-def test_a_file_of_another_model_is_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
-    path = tmp_path / "x.safetensors"
-    write_tensors(path, _tensors())
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    _save(Checkpointer(tmp_path), 10)
+    newest = Checkpointer(tmp_path).newest_good()
+    assert newest is not None
     with pytest.raises(UserError, match=message):
-        read_tensors_into(path, _tensors() | change)
+        newest.load_model(_tensors() | change)
+    with pytest.raises(UserError, match=message):
+        newest.load_optimizer(_tensors() | change)
 
 
 def test_the_newest_are_kept_and_loaded(tmp_path: Path) -> None:
@@ -102,14 +116,15 @@ def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [_flip_a_bit, _truncate, os.unlink])
 def test_a_damaged_newest_is_passed_over_in_one_line(
     tmp_path: Path, name: str, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpointer = Checkpointer(tmp_path, keep=3)
     for step in (5, 10):
-        _save(checkpointer, step)
+        path = _save(checkpointer, step)
+    assert sorted(FILES) == sorted(file.name for file in path.iterdir())
     damage(tmp_path / "checkpoints/step_00000010" / name)
     if name == "COMPLETE" and damage is _flip_a_bit:  # the last byte is a newline
         (tmp_path / "checkpoints/step_00000010/COMPLETE").write_text("0123456789abcdef")
@@ -128,7 +143,7 @@ def test_a_damaged_newest_is_passed_over_in_one_line(
 def test_a_damaged_one_is_overwritten_when_its_step_comes_again(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1)
     _save(checkpointer, 10)
-    _truncate(tmp_path / "checkpoints/step_00000010/model.safetensors")
+    _truncate(tmp_path / "checkpoints/step_00000010/model_00000.safetensors")
     assert checkpointer.newest_good() is None
     _save(checkpointer, 10)
     newest = checkpointer.newest_good()
@@ -139,8 +154,8 @@ def test_a_damaged_one_is_overwritten_when_its_step_comes_again(tmp_path: Path) 
 def test_only_the_files_asked_for_are_verified(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     _save(checkpointer, 10)
-    _flip_a_bit(tmp_path / "checkpoints/step_00000010/optimizer.safetensors")
-    assert checkpointer.newest_good(files=[MODEL_FILE]) is not None
+    _flip_a_bit(tmp_path / "checkpoints/step_00000010/optimizer_00000.safetensors")
+    assert checkpointer.newest_good(model_only=True) is not None
     assert checkpointer.newest_good() is None
 
 
@@ -148,7 +163,7 @@ def test_a_half_written_one_is_invisible_and_swept_up(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     partial = tmp_path / "checkpoints/.step_00000005.partial"
     partial.mkdir(parents=True)
-    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "model_00000.safetensors").write_bytes(b"half")
     assert checkpointer.newest_good() is None
     _save(checkpointer, 10)
     assert _steps(tmp_path) == ["step_00000010"]
@@ -188,7 +203,7 @@ def test_resuming_is_refused_when_no_checkpoint_is_good(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.to_resume() is None
     for step in (5, 10):
-        _truncate(_save(checkpointer, step) / "model.safetensors")
+        _truncate(_save(checkpointer, step) / "model_00000.safetensors")
     _truncate(tmp_path / "checkpoints/step_00000005/state.json")
     with pytest.raises(UserError, match=r"none that can be used .*train\.fresh=true") as error:
         checkpointer.to_resume()
@@ -196,15 +211,16 @@ def test_resuming_is_refused_when_no_checkpoint_is_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_leaves_older_checkpoints_and_names_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path, background=background)
     _save(checkpointer, 5)
     real_open = Path.open
 
     def open_full(path: Path, *args: Any, **kwargs: Any) -> Any:
-        full = path.name == "optimizer.safetensors" and args == ("wb",)
+        full = path.name == "optimizer_00000.safetensors" and args == ("wb",)
         return real_open(Path("/dev/full") if full else path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -222,3 +238,88 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"checkpoints need 3e\+03 TB|checkpoints need .* TB .* are free"):
         check_space(tmp_path, n_bytes=10**15, keep=2)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- while training goes on ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing waits until the event is set, for ten seconds at most."""
+    released, real = threading.Event(), PartsWriter.write_data
+
+    def write_data(self: PartsWriter, *args: Any) -> Any:
+        assert released.wait(10)
+        return real(self, *args)
+
+    monkeypatch.setattr(PartsWriter, "write_data", write_data)
+    return released
+
+
+def test_what_is_written_is_what_was_saved_whatever_becomes_of_the_tensors(
+    tmp_path: Path, slow: threading.Event
+) -> None:
+    checkpointer, tensors, done = Checkpointer(tmp_path, background=True), _tensors(1), []
+    with checkpointer:
+        checkpointer.save(1, model=tensors, optimizer={}, state={}, durable=lambda: done.append(_steps(tmp_path)))
+        for tensor in tensors.values():
+            tensor.zero_()
+        assert done == []
+        assert checkpointer.newest is None
+        assert checkpointer.newest_good() is None
+        slow.set()
+    assert done == [["step_00000001"]]
+    assert all(torch.equal(tensor, _tensors(1)[name]) for name, tensor in _loaded(checkpointer.newest_good()).items())
+
+
+def test_one_is_in_flight_at_a_time(tmp_path: Path, slow: threading.Event) -> None:
+    with Checkpointer(tmp_path, background=True) as checkpointer:
+        checkpointer.save(1, model=_tensors(1), optimizer={}, state={})
+        timer = threading.Timer(0.2, slow.set)
+        timer.start()
+        checkpointer.save(2, model=_tensors(2), optimizer={}, state={})
+        assert _steps(tmp_path)[-1] == "step_00000001"
+        timer.join()
+    assert _steps(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_a_failure_in_the_background_is_raised_in_one_line_by_whoever_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpointer = Checkpointer(tmp_path, background=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.saving.storage.write_pieces", fail)
+        checkpointer.save(1, model=_tensors(1), optimizer={}, state={})
+        with pytest.raises(UserError, match="Input/output error: the checkpoint of step 1 was not written") as error:
+            checkpointer.save(2, model=_tensors(2), optimizer={}, state={})
+        assert "\n" not in str(error.value)
+        assert _steps(tmp_path) == []
+        with pytest.raises(UserError, match="step 3 was not written"), checkpointer:
+            checkpointer.save(3, model=_tensors(3), optimizer={}, state={})
+        # After another error it is said, and does not hide that one.
+        with pytest.raises(ValueError, match="other"):
+            _save_and_raise(checkpointer, 4, ValueError("other"), threading.Event())
+    assert "step 4 was not written" in capsys.readouterr().err
+    checkpointer.save(5, model=_tensors(5), optimizer={}, state={})
+    checkpointer.wait()
+    assert _steps(tmp_path) == ["step_00000005"]
+
+
+def _save_and_raise(checkpointer: Checkpointer, step: int, error: BaseException, released: threading.Event) -> None:
+    with checkpointer:
+        checkpointer.save(step, model=_tensors(step), optimizer={}, state={})
+        threading.Timer(0.2, released.set).start()
+        raise error
+
+
+def test_an_error_of_training_lets_it_be_written_and_ctrl_c_stops_it(tmp_path: Path, slow: threading.Event) -> None:
+    with pytest.raises(ValueError, match="other"):
+        _save_and_raise(Checkpointer(tmp_path, background=True), 1, ValueError("other"), slow)
+    assert _steps(tmp_path) == ["step_00000001"]
+    slow.clear()
+    with pytest.raises(KeyboardInterrupt):
+        _save_and_raise(Checkpointer(tmp_path, background=True), 2, KeyboardInterrupt(), slow)
+    assert _steps(tmp_path) == ["step_00000001"]

@@ -112,10 +112,10 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
     again = tiny_run(config, tmp_path / "run", ACTIVATIONS["batchtopk"])
     shutil.copytree(config.run, again.run)
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
-    os.truncate(newest / "optimizer.safetensors", 100)
+    os.truncate(newest / "optimizer_00000.safetensors", 100)
     summary = train(again)
     assert summary.resumed_from == 10
-    assert "step_00000012 is damaged (optimizer.safetensors has changed)" in capsys.readouterr().err
+    assert "step_00000012 is damaged (optimizer_00000.safetensors has changed)" in capsys.readouterr().err
     assert_same_bits(checkpoint_tensors(again.run), tensors)
     assert records(again.run) == records(config.run)
 
@@ -181,7 +181,7 @@ def test_damage_to_every_checkpoint_is_refused_unless_fresh(
     config, tensors = uninterrupted["topk"]
     again = tiny_run(config, tmp_path / "run", ACTIVATIONS["topk"])
     shutil.copytree(config.run, again.run)
-    for file in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+    for file in (tmp_path / "run/checkpoints").glob("*/model_*.safetensors"):
         os.truncate(file, 100)
     with pytest.raises(UserError, match=r"none that can be used .*train\.fresh=true"):
         train(again)
@@ -236,14 +236,14 @@ def test_a_process_killed_for_real(tiny_store: RunConfig, tmp_path: Path, number
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Not earlier than its second checkpoint, and well before the end.
+    # Its second checkpoint is whole when the third is begun; and well before the end.
     deadline = time.monotonic() + 120
-    while len(records(again.run)) < 9 and child.poll() is None and time.monotonic() < deadline:
+    while len(records(again.run)) < 13 and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     child.send_signal(number)
     _, said = child.communicate(timeout=60)
     reached = len(records(again.run))
-    assert 9 <= reached < 40, said
+    assert 13 <= reached < 40, said
     if number == signal.SIGTERM:
         assert f"continue with `layerloom train run={again.run}`" in said
         assert "KeyboardInterrupt" in said

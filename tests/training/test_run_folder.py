@@ -88,7 +88,10 @@ def test_what_weights_do_not_depend_on_may_change(tmp_path: Path) -> None:
     config = _config(tmp_path / "." / "elsewhere")
     config.log.wandb = WandbMode.offline
     config.device = "cpu"
-    config.train = replace(config.train, keep_checkpoints=5, checkpoint_every=7, eval_every=9, log_every=1)
+    config.train = replace(
+        config.train, async_checkpoint=False, keep_checkpoints=5, checkpoint_every=7, eval_every=9, log_every=1
+    )
+    config.parallel.data, config.parallel.feature = 2, 4
     config.source.prefetch_bytes = 7
     config.subject.license = config.text.license = "MIT"
     RunFolder(tmp_path).check(config)

@@ -13,7 +13,7 @@ from activation_store.store import ActivationStore
 from activation_store.subject import Subject, SubjectInfo, describe_subject, load_subject
 from activation_store.text import Document, stream_documents
 from activation_store.tokens import PackedContexts, pack_tokens
-from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer
+from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import ActivationKind, EvalConfig, RunConfig, Span
 from trainer.evaluation.inputs import INPUTS_FILE, evaluation_inputs
 from trainer.evaluation.measure import MeasureSettings, measure
@@ -38,7 +38,7 @@ def evaluate(run: Path | str, config: EvalConfig, *, device: str = "auto", show_
     """
     folder, run_config = RunFolder(run), load_config(run)
     check_eval_config(config, run_config)
-    checkpoint = Checkpointer(folder.path).newest_good(files=(MODEL_FILE,))
+    checkpoint = Checkpointer.of(folder.path, run_config).newest_good(model_only=True)
     if checkpoint is None:
         raise UserError(
             f"run={folder.path} has no complete checkpoint to evaluate; train it: layerloom train run={folder.path} ..."

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.atomic import read_json
-from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer
+from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import EvalConfig
 from trainer.evaluation.report import SCHEMA_VERSION
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, load_config
 from trainer.tensor_file import hash_file
 
 INPUTS_FILE = "evaluation_inputs.json"
@@ -26,7 +26,7 @@ def evaluation_inputs(run: Path, checkpoint: Checkpoint, config: EvalConfig) -> 
     return {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": checkpoint.path.name,
-        "weights_xxh3_64": checkpoint.state["files"][MODEL_FILE]["xxh3_64"],
+        "weights_xxh3_64": checkpoint.weights_xxh3_64,
         "eval": {
             "documents": config.documents,
             "contexts_per_document": config.contexts_per_document,
@@ -42,7 +42,7 @@ def evaluation_is_current(run: Path | str, config: EvalConfig) -> bool:
     files = (folder.evaluation_file, folder.path / INPUTS_FILE, folder.plots / "summary.png")
     if not all(file.is_file() for file in files):
         return False
-    checkpoint = Checkpointer(folder.path).newest_good(files=(MODEL_FILE,))
+    checkpoint = Checkpointer.of(folder.path, load_config(folder.path)).newest_good(model_only=True)
     if checkpoint is None:
         return False
     try:

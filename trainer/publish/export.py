@@ -17,7 +17,7 @@ from activation_store.errors import UserError
 from activation_store.progress import Progress, human_bytes, report
 from activation_store.store import ActivationStore
 from activation_store.subject import SubjectInfo
-from trainer.checkpoint import MODEL_FILE, Checkpoint, Checkpointer
+from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import PublishConfig, RunConfig
 from trainer.evaluation.inputs import INPUTS_FILE
 from trainer.load import load_checkpoint
@@ -112,7 +112,7 @@ def _read_request(run: Path, output: Path, config: PublishConfig) -> _Request:
     check_options(config)
     run_config = load_config(run)
     check_output(output, run)
-    checkpoint = Checkpointer(run).newest_good(files=(MODEL_FILE,))
+    checkpoint = Checkpointer.of(run, run_config).newest_good(model_only=True)
     if checkpoint is None:
         raise UserError(f"run={run} has no whole checkpoint; run `layerloom train run={run}` first")
     check_thresholds(run, checkpoint.step, checkpoint.state)
@@ -213,7 +213,7 @@ def _read_evaluation(run: RunFolder, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _weights_hash(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.state["files"][MODEL_FILE]["xxh3_64"])
+    return checkpoint.weights_xxh3_64
 
 
 def _published_section(request: _Request) -> dict[str, Any]:
