@@ -56,7 +56,9 @@ def _covering(ranks: int) -> list[Case]:
             chosen.append(Case(data, feature, True, spec))
     # Ties across layers, ranks and tokens.
     data, feature = MESHES[ranks][0]
-    everywhere = [{"kind": kind, "scope": "all_layers"} for kind in ("topk", "batchtopk")]
+    everywhere: list[dict[str, Any]] = [{"kind": kind, "scope": "all_layers"} for kind in ("topk", "batchtopk")]
+    # More wanted of a token than a rank has.
+    chosen += [Case(1, ranks, True, {"kind": kind, "k": 40}) for kind in ("topk", "batchtopk")]
     return [*chosen, *(Case(data, feature, True, spec, tied=True, steps=1) for spec in everywhere)]
 
 

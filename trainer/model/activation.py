@@ -45,7 +45,8 @@ def select_layer(
     running_threshold: of batchtopk, 0-dim; where the selection spans devices, they look above it first.
     """
     if kind == "topk":
-        return cut_to_best(layer.select_topk(x_BD, k, norm_F, runtime), norm_F, k, layer.n_features, collectives)
+        found = layer.select_topk(x_BD, min(k, layer.n_features), norm_F, runtime)
+        return cut_to_best(found, norm_F, k, layer.n_features, collectives)
     if kind == "batchtopk":
         alone = collectives.partitioning.size * collectives.data_size == 1
         hint = math.nan if alone else float(running_threshold)
@@ -133,7 +134,8 @@ def _best_over_layers(
     """The n best entries with score >= floor. The lists are cut when they are full; seldom, once there is a floor."""
     best: list[Candidates] = []
     for s, layer in enumerate(layers):
-        best.append(layer.select_candidates(x_BLD[:, s], n, floor, norms[s], runtime))
+        wanted = min(n, x_BLD.shape[0] * layer.n_features)
+        best.append(layer.select_candidates(x_BLD[:, s], wanted, floor, norms[s], runtime))
         room = n if layer is layers[-1] or floor == float("-inf") else 2 * n
         if sum(found.scores.numel() for found in best) > room:
             masks = runtime.kernels.batch_threshold(best, n, layer.n_features)

@@ -96,7 +96,9 @@ class CodesExchange(CountsExchange):
             ids_N[self._places(rank)] = part.ids_n + rank * codes.n_features
         values_N = _Incoming.apply(self._values, self, [part.values_n for part in parts])  # type: ignore[no-untyped-call]
         del self._values
-        return LayerCodes(self._offsets, ids_N, values_N, codes.n_features * self.axis.size)
+        received = LayerCodes(self._offsets, ids_N, values_N, codes.n_features * self.axis.size)
+        self._received = received.detach()
+        return received
 
     def merge(self, parts: list[Tensor]) -> Tensor:
         """(n) values by rank -> (N) in order of (token, feature)."""
@@ -107,6 +109,8 @@ class CodesExchange(CountsExchange):
 
     def start_back(self, grad_N: Tensor) -> Tensor:
         """Sends each rank the gradients of its entries; returns room for this rank's, filled by finish_back."""
+        # The decoder is done with the index, which would wait for the other layers.
+        self._received.forget_index()
         grad_N = grad_N.contiguous()
         parts = [grad_N[self._places(rank)] for rank in range(self.axis.size)]
         mine = parts[self.axis.rank]
