@@ -66,7 +66,7 @@ def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
 
     Raises UserError if training has removed it in the meantime.
     """
-    model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=_backend(config, device))
+    model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=kernel_backend(config, device))
     try:
         checkpoint.load_model(model.state_dict(), widen=True)
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
     return model.to(device).eval().requires_grad_(False)
 
 
-def _backend(config: RunConfig, device: torch.device) -> str:
+def kernel_backend(config: RunConfig, device: torch.device) -> str:
     """The run's own, or what is fastest on `device` where that does not run: a GPU's run is looked at anywhere."""
     try:
         choose(config.kernels.backend.value, device)

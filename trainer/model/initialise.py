@@ -48,7 +48,9 @@ def _draw(
     generator: torch.Generator,
     partitioning: Partitioning,
 ) -> None:
-    """Uniform within the bound; where a part is held, the whole is drawn first."""
+    """Uniform within the bound; where a part is held, the whole is drawn first. Nothing on the meta device."""
+    if parameter.is_meta:
+        return
     if partitioning.size == 1:
         parameter.uniform_(-bound, bound, generator=generator)
         return

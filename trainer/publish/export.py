@@ -1,7 +1,8 @@
 """`layerloom publish`: a run's newest checkpoint as a folder that circuit-tracer loads, checked before it appears.
 
-Everything is written into a hidden folder beside `output`, one layer at a time, read back, compared with the run's own
-inference, and renamed: `output` is there whole, or as it was.
+Everything is written into a hidden folder beside `output`, read back, compared with the run's own inference, and
+renamed: `output` is there whole, or as it was. One layer is in memory at a time, of the checkpoint and of what is
+written, whatever mesh trained the run.
 """
 
 import json
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from activation_store.atomic import read_json, write_json, write_text
 from activation_store.device import resolve_device
@@ -20,8 +23,6 @@ from activation_store.subject import SubjectInfo
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import PublishConfig, RunConfig
 from trainer.evaluation.inputs import INPUTS_FILE
-from trainer.load import load_checkpoint
-from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.publish.card import CardContent, model_card
 from trainer.publish.fold import DTYPES
@@ -30,7 +31,7 @@ from trainer.publish.folder import check_space, replaced_folder
 from trainer.publish.hooks import Hooks, circuit_hooks
 from trainer.publish.layout import CROSS_LAYER, PER_LAYER, LayoutConfig, count_layers, write_layer
 from trainer.publish.recipe import is_machine_path, plain, shared_config
-from trainer.publish.rows import open_run_store, verification_rows
+from trainer.publish.rows import VerificationRows, open_run_store, verification_rows
 from trainer.publish.rules import (
     CARD_FILE,
     EVALUATION_FILE,
@@ -41,6 +42,7 @@ from trainer.publish.rules import (
     check_output,
     check_thresholds,
 )
+from trainer.publish.streamed import StreamedModel
 from trainer.publish.verify import Comparison, compare, require_passed
 from trainer.run_folder import RunFolder, load_config
 from trainer.sample import reference_path
@@ -105,7 +107,7 @@ class _Job:
     subject: SubjectInfo
     hooks: Hooks
     layout: LayoutConfig
-    model: CrossLayerTranscoder
+    model: StreamedModel
 
 
 def _read_request(run: Path, output: Path, config: PublishConfig) -> _Request:
@@ -121,7 +123,7 @@ def _read_request(run: Path, output: Path, config: PublishConfig) -> _Request:
 
 
 def _prepare(request: _Request, device: str) -> _Job:
-    """Checks what the layout can express and the disk can hold, then loads the weights."""
+    """Checks what the layout can express and the disk can hold."""
     config, run_config, state = request.config, request.run_config, request.checkpoint.state
     spec, subject = ModelSpec(**state["spec"]), SubjectInfo.from_dict(state["subject"])
     check_expressible(spec, state["layers"], subject)
@@ -135,22 +137,14 @@ def _prepare(request: _Request, device: str) -> _Job:
     )
     store = open_run_store(reference_path(run_config, request.run.path))
     check_space(request.output, weight_bytes(spec, config.dtype))
-    model = load_checkpoint(request.checkpoint, run_config, resolve_device(device))
+    model = StreamedModel(request.checkpoint, run_config, resolve_device(device))
     return _Job(request, store, subject, hooks, layout, model)
 
 
 def _write(job: _Job, shared: str) -> PublishSummary:
     request, rows = job.request, verification_rows(job.store)
-    n_layers, kind, dtype = job.model.spec.n_layers, job.layout.model_kind, DTYPES[job.request.config.dtype]
     with replaced_folder(request.output) as folder:
-        written = 0
-        with Progress("publish", total=n_layers, unit="layer") as progress:
-            for s in range(n_layers):
-                written += write_layer(folder, kind, s, fold_layer(job.model, s, dtype))
-                progress.advance()
-        job.layout.write(folder)
-        with Progress("verify", total=n_layers, unit="layer") as progress:
-            comparison = compare(folder, job.model, rows.mlp_in_BLD, source=rows.source, advance=progress.advance)
+        written, comparison = write_weights(folder, job.model, job.layout, DTYPES[request.config.dtype], rows)
         require_passed(comparison, request.output)
         write_json(folder / EVALUATION_FILE, request.evaluation)
         write_text(folder / RUN_CONFIG_FILE, shared)
@@ -158,6 +152,29 @@ def _write(job: _Job, shared: str) -> PublishSummary:
         write_text(folder / CARD_FILE, model_card(_card_content(job, comparison, plots, written)))
         total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return PublishSummary(request.output, request.checkpoint.step, total, comparison)
+
+
+def write_weights(
+    folder: Path, model: StreamedModel, layout: LayoutConfig, dtype: torch.dtype, rows: VerificationRows
+) -> tuple[int, Comparison]:
+    """Writes config.yaml and every layer, then compares them with the model on `rows`; bytes written, comparison."""
+    n_layers, kind, written = model.spec.n_layers, layout.model_kind, 0
+    with Progress("publish", total=n_layers, unit="layer") as progress:
+        for s in range(n_layers):
+            with model.layer(s) as opened:
+                written += write_layer(folder, kind, s, fold_layer(opened, s, dtype))
+            progress.advance()
+    layout.write(folder)
+    with Progress("verify", total=n_layers, unit="layer") as progress:
+        comparison = compare(
+            folder,
+            model.model,
+            rows.mlp_in_BLD,
+            source=rows.source,
+            advance=progress.advance,
+            layer=model.layer,
+        )
+    return written, comparison
 
 
 def _card_content(job: _Job, comparison: Comparison, plots: list[str], written: int) -> CardContent:

@@ -8,6 +8,7 @@ Legend: B rows, L layers, F features, S target layers of a source, D d_model.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,41 +70,47 @@ def compare(
     *,
     source: str,
     advance: Callable[[], None] = lambda: None,
+    layer: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Comparison:
     """Reads `folder` back and compares it with `model` on raw activations `mlp_in_BLD` (float32, non-empty).
 
-    One layer's weights are in memory at a time; `advance` is called after each.
+    One published layer is in memory at a time, and `layer(s)` open, where the model is read by layers; `advance` is
+    called after each.
     """
     kind = LayoutConfig.read(folder).model_kind
     n_layers = count_layers(folder, kind)
-    device = next(model.parameters()).device
+    device = model.threshold_LF.device
     mlp_in_BLD = mlp_in_BLD.to(device)
-    own_BLD = model.reconstruct(mlp_in_BLD, rule="inference")
-    features = model.encode(mlp_in_BLD, rule="inference")
-    same_BLD, flips_BLD = torch.zeros_like(own_BLD), torch.zeros_like(own_BLD)
-    flipped = unexplained = 0
+    scaled_BLD = torch.zeros_like(mlp_in_BLD)
+    same_BLD, flips_BLD = torch.zeros_like(scaled_BLD), torch.zeros_like(scaled_BLD)
+    active = flipped = unexplained = 0
     dtype = torch.float32
     for s in range(n_layers):
-        layer = read_layer(folder, kind, s).to(device)
-        dtype = layer.W_enc_FD.dtype
         x_BD = mlp_in_BLD[:, s]
-        pre_BF = x_BD @ layer.W_enc_FD.float().T + layer.b_enc_F
-        selected_BF = pre_BF > (0 if layer.threshold_F is None else layer.threshold_F)
-        own_selected_BF = features.to_dense(s) > 0
+        with layer(s):
+            codes = model.encode_layer(s, x_BD)
+            scaled_BLD = model.decode_into(scaled_BLD, s, codes, x_BD)
+        own_selected_BF = codes.to_dense() > 0
+        active += int((codes.values > 0).sum())
+        published = read_layer(folder, kind, s).to(device)
+        dtype = published.W_enc_FD.dtype
+        pre_BF = x_BD @ published.W_enc_FD.float().T + published.b_enc_F
+        selected_BF = pre_BF > (0 if published.threshold_F is None else published.threshold_F)
         flip_BF = selected_BF != own_selected_BF
         flipped += int(flip_BF.sum())
-        unexplained += int((flip_BF & ~_within_rounding(layer, x_BD, pre_BF)).sum())
-        _decode_into(same_BLD, s, layer, x_BD, pre_BF * own_selected_BF)
+        unexplained += int((flip_BF & ~_within_rounding(published, x_BD, pre_BF)).sum())
+        _decode_into(same_BLD, s, published, x_BD, pre_BF * own_selected_BF)
         if flip_BF.any():
-            _decode_into(flips_BLD, s, layer, None, pre_BF * (selected_BF.float() - own_selected_BF.float()))
+            _decode_into(flips_BLD, s, published, None, pre_BF * (selected_BF.float() - own_selected_BF.float()))
         advance()
+    own_BLD = model.unscale_targets(scaled_BLD)
     return Comparison(
         rows=len(mlp_in_BLD),
         source=source,
         tolerance=TOLERANCES[dtype],
         max_relative_error=_relative_error(same_BLD, own_BLD),
         flip_error=_relative_error(same_BLD + flips_BLD, own_BLD),
-        active=sum(int((codes.values > 0).sum()) for codes in features.layers),
+        active=active,
         flipped=flipped,
         unexplained=unexplained,
     )
