@@ -32,8 +32,12 @@ class DamagedRecordError(UserError):
     """A manifest or commit that is not what was written."""
 
     def __init__(self, path: Place, reason: str) -> None:
-        root = path.parent.parent if path.parent.name == COMMITS else path.parent
-        super().__init__(f"{path} is damaged ({reason}); {repair(root)}")
+        remedy = (
+            repair(path.parent.parent)
+            if path.parent.name == COMMITS
+            else f"nothing else says what to harvest: put a copy of it back, or delete {path.parent} and harvest again"
+        )
+        super().__init__(f"{path} is damaged ({reason}); {remedy}")
         self.path, self.reason = path, reason
 
 

@@ -114,9 +114,10 @@ def check_wandb(log: LogConfig) -> None:
     try:
         wandb.login()
     except wandb.errors.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"log.wandb=online: {' '.join(str(error).split())}; or keep its files here with log=wandb_offline, or "
-            "metrics.jsonl alone with log=file"
+            f"log.wandb=online: {reason}; or keep its files here with log=wandb_offline, or metrics.jsonl alone with "
+            "log=file"
         ) from None
 
 
