@@ -246,7 +246,7 @@ def test_a_process_killed_for_real(tiny_store: RunConfig, tmp_path: Path, number
     assert 13 <= reached < 40, said
     if number == signal.SIGTERM:
         assert f"continue with `layerloom train run={again.run}`" in said
-        assert "KeyboardInterrupt" in said
+        assert "AgreedInterruptError" in said
     else:
         assert child.returncode == -signal.SIGKILL
     summary = train(again)
