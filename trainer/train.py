@@ -51,7 +51,8 @@ from trainer.reproducibility import (
 )
 from trainer.rows import CalibrationRows
 from trainer.rules import check_columns, check_run_config
-from trainer.run_folder import RunFolder, checkpoint_differences, checkpoint_folder, config_to_dict, resume_command
+from trainer.run_folder import RunFolder, checkpoint_folder, resume_command
+from trainer.saving.origin import check_origin, origin
 from trainer.saving.ranks import all_ranks
 from trainer.schedule import Schedule, build_schedule, dead_after_tokens
 from trainer.sources import Batches, Source, open_source
@@ -127,6 +128,8 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         background = config.train.async_checkpoint
         checkpointer = Checkpointer.of(folder.path, config, ranks=all_ranks(), background=background)
         checkpoint = checkpointer.to_resume()
+        if checkpoint is not None:
+            check_origin(config, checkpoint.state)
         resumed_from = None if checkpoint is None else checkpoint.step
         schedule = build_schedule(config)
         if resumed_from == schedule.total_steps:
@@ -393,8 +396,7 @@ class _Run:
             "calibrated_step": self.calibrated_step,
             "rng": rng_state(),
             "environment": self.environment,
-            "written_by": written_by(self.config),
-            "config": config_to_dict(self.config),
+            **origin(self.config),
         }
         with self.engine.master_weights():
             self.checkpointer.save(
@@ -411,11 +413,6 @@ class _Run:
         if checkpoint is None:
             return 0
         state = checkpoint.state
-        if differences := checkpoint_differences(state["config"], self.config):
-            raise AgreedError(
-                f"train.checkpoint_path={self.config.train.checkpoint_path} holds checkpoints of another config: "
-                f"{differences[0]}; give a folder or URL for this run alone"
-            )
         if state["data"]["store"] != self.source.identity:
             raise UserError(
                 f"{self.source.path} is not the store that run={self.folder.path} was trained on "
@@ -446,17 +443,6 @@ class _Run:
         except UserError as error:
             kind = AgreedError if isinstance(error, AgreedError) else UserError
             raise kind(f"{error}; then {self._where_to_resume()}") from error
-
-
-def written_by(config: RunConfig) -> dict[str, Any]:
-    """Which mesh and engine a checkpoint is written by."""
-    parallel = config.parallel
-    return {
-        "data": parallel.data,
-        "feature": parallel.feature,
-        "decoder_split": parallel.decoder_split.value,
-        "engine": config.engine.kind.value,
-    }
 
 
 def _headline(metrics: dict[str, Any]) -> str:
