@@ -26,7 +26,7 @@ from benchmarks.steps import Mode, Shape, build_step
 from trainer.kernels.dispatch import Kernels
 from trainer.kernels.encode_topk import pre_activations
 from trainer.model.clt import CrossLayerTranscoder
-from trainer.parallel.engine import PlainEngine
+from trainer.parallel.plain import PlainEngine
 
 # Which part each op belongs to. The product is timed by itself and taken from `encode`: what is left is the selection,
 # nothing where a backend encodes faster than torch.

@@ -33,7 +33,7 @@ from trainer.kernels.dispatch import kernels
 from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
-from trainer.parallel.engine import PlainEngine
+from trainer.parallel.plain import PlainEngine
 
 LR = 1e-8
 # Of the recipe's JumpReLU (conf/activation/jumprelu.yaml).

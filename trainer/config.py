@@ -261,9 +261,16 @@ class ParallelConfig:
 
 
 class EngineKind(StrEnum):
-    """Who owns backward, clipping and the update."""
+    """Who owns backward, clipping and the update, and what the ranks of the data axis share (docs/parallel.md).
+
+    `plain`: gradients are summed. `fsdp`: torch's fully_shard; parameters, gradients and optimizer are sharded.
+    `accelerate`: Hugging Face's, with torch's DDP. `deepspeed`: ZeRO.
+    """
 
     plain = "plain"
+    fsdp = "fsdp"
+    accelerate = "accelerate"
+    deepspeed = "deepspeed"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -272,6 +279,12 @@ class EngineConfig:
 
     # Which engine.
     kind: EngineKind = EngineKind.plain
+    # Bytes of gradients that are summed over the data axis in one message, while the backward pass goes on.
+    bucket_bytes: int = 33_554_432
+    # deepspeed: what is sharded over the data axis: 1 the optimizer, 2 gradients too, 3 parameters too.
+    zero_stage: int = 2
+    # deepspeed: keep the optimizer's state, and update, in the memory of the CPU.
+    offload_optimizer: bool = False
 
 
 class KernelBackend(StrEnum):

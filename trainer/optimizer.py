@@ -6,12 +6,12 @@ Dense: a row whose gradient is zero still decays its moments and moves. What is 
 `trainer.table_adam`, the rest by torch's Adam.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from trainer.config import OptimConfig, ParamDtype, StateDtype
 from trainer.kernels.fused_adam_rows import AdamHyper
@@ -52,6 +52,11 @@ class NamedAdam:
             eps=config.eps,
             fused=self._fused,
         )
+        self._stepper: Optimizer = self._adam
+
+    def wrap(self, wrapper: Callable[[Optimizer], Optimizer]) -> None:
+        """Let the steps of torch's Adam go through what `wrapper` makes of it."""
+        self._stepper = wrapper(self._adam)
 
     def step(self, lr: float, *, divide_gradients_by: float = 1.0) -> None:
         """One update of every parameter. A parameter without a gradient counts as one of zeros, unless the backward
@@ -67,14 +72,14 @@ class NamedAdam:
         for group in self._adam.param_groups:
             group["lr"] = lr
         if divide_gradients_by == 1.0:
-            self._adam.step()
+            self._stepper.step()
         elif self._fused_division:
             self._step_scaled(divide_gradients_by)
         else:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(divide_gradients_by)
-            self._adam.step()
+            self._stepper.step()
 
     def _step_scaled(self, divisor: float) -> None:
         device = next(iter(self.parameters.values())).device
@@ -82,7 +87,7 @@ class NamedAdam:
         self._adam.grad_scale = torch.tensor(divisor, device=device)  # type: ignore[attr-defined]
         self._adam.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         try:
-            self._adam.step()
+            self._stepper.step()
         finally:
             del self._adam.grad_scale, self._adam.found_inf  # type: ignore[attr-defined]
 
@@ -143,7 +148,12 @@ def is_table(name: str) -> bool:
 
 
 def gradient_norm(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = ()) -> Tensor:
-    """The global L2 norm of all gradients, 0-dim float64. used_up: sums of squares of those that are gone already.
+    """The global L2 norm of all gradients, 0-dim float64: see `gradient_squares`."""
+    return gradient_squares(parameters, used_up).sqrt()
+
+
+def gradient_squares(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = ()) -> Tensor:
+    """The sum of squares of all gradients, 0-dim float64. used_up: sums of those that are gone already.
 
     Rows of the last dim are summed in float32 and the rows in float64: one pass at full speed, and exact to about
     1e-7, where a float32 sum over a whole tensor of 10^7 entries is off by some 1e-3.
@@ -153,4 +163,5 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tens
         for parameter in parameters.values()
         if parameter.grad is not None
     ] + list(used_up)
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+    device = next((parameter.device for parameter in parameters.values()), None)
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)

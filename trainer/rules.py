@@ -8,14 +8,31 @@ from itertools import chain
 
 from activation_store.config import SourceKind
 from activation_store.errors import UserError
-from trainer.config import ActivationKind, DecoderInit, Master, ParallelConfig, ParamDtype, RunConfig, Score
+from trainer.config import (
+    ActivationKind,
+    DecoderInit,
+    EngineKind,
+    Master,
+    ParallelConfig,
+    ParamDtype,
+    RunConfig,
+    Score,
+)
 
 _TOP_K_KINDS = (ActivationKind.topk, ActivationKind.batchtopk)
 
 
 def check_run_config(config: RunConfig) -> None:
     """Raises UserError with the first rule that `config` breaks: what was given, what is wanted, what to do."""
-    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_parallel, _model, _activation, _optim, _train, _source)
+    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+        _parallel,
+        _model,
+        _activation,
+        _optim,
+        _engine,
+        _train,
+        _source,
+    )
     problem = next(chain.from_iterable(rule(config) for rule in rules), None)
     if problem is not None:
         raise UserError(problem)
@@ -209,6 +226,26 @@ def _fused_update(config: RunConfig) -> Iterator[str]:
             f"optim.fused_update=true has no place for the gradient of the tanh penalty's decoder norms; "
             f"set activation.tanh_lambda=0 (got {config.activation.tanh_lambda})"
         )
+
+
+def _engine(config: RunConfig) -> Iterator[str]:
+    engine, optim = config.engine, config.optim
+    if engine.bucket_bytes < 1:
+        yield f"engine.bucket_bytes={engine.bucket_bytes} must be at least 1; 33554432 is the default"
+    if engine.zero_stage not in {1, 2, 3}:
+        yield f"engine.zero_stage={engine.zero_stage} must be 1, 2 or 3; engine=plain shards nothing"
+    if engine.offload_optimizer and engine.kind is not EngineKind.deepspeed:
+        yield f"engine.offload_optimizer=true is for engine=deepspeed, not {engine.kind}; use false"
+    if optim.fused_update and (engine.kind is not EngineKind.plain or config.parallel.data > 1):
+        yield (
+            "optim.fused_update=true has no gradients that could be summed over ranks; use it with engine=plain and "
+            f"parallel.data=1 (got engine={engine.kind}, parallel.data={config.parallel.data}), or fused_update=false"
+        )
+    stored = {"param_dtype"} | (set() if engine.kind is EngineKind.accelerate else {"state_dtype"})
+    if engine.kind is not EngineKind.plain:
+        for name in sorted(stored):
+            if (value := getattr(optim, name)) != "fp32":
+                yield f"optim.{name}={value} is for engine=plain; with engine={engine.kind} use fp32"
 
 
 def _train(config: RunConfig) -> Iterator[str]:

@@ -211,7 +211,7 @@ class _Run:
         self.calibrated_step: int | None = None
         seed_everything(config.model.seed)
         self.model = self._build()
-        self.engine: Engine = build_engine(replace(config, kernels=kernels.config), self.model)
+        self.engine: Engine = build_engine(replace(config, kernels=kernels.config), self.model, mesh)
         self.evaluator = Evaluator(config, self.store, self.model, device=device, dealing=self._dealing())
         density = kernels.config.dense_above_density
         self.environment = environment(device) | {"kernels": kernels.name, "dense_above_density": density}
@@ -401,8 +401,8 @@ class _Run:
         with self.engine.master_weights():
             self.checkpointer.save(
                 step,
-                model=self.model.state_dict(),
-                optimizer=self.engine.optimizer_tensors(),
+                model=self.engine.model_state(),
+                optimizer=self.engine.optimizer_state(),
                 state=state,
                 durable=lambda: self.source.checkpointed(step * self.microbatches_per_step),
             )
@@ -420,8 +420,8 @@ class _Run:
             )
         self.source_state = state["data"].get("source", {})
         with self.engine.master_weights():
-            checkpoint.load_model(self.model.state_dict())
-        checkpoint.load_optimizer(self.engine.optimizer_tensors())
+            checkpoint.load_model(self.engine.model_state())
+            checkpoint.load_optimizer(self.engine.optimizer_state())
         self.calibrated_step = state["calibrated_step"]
         restore_rng(state["rng"])
         if differences := environment_differences(state["environment"], self.environment):

@@ -16,7 +16,7 @@ from torch import Tensor
 from activation_store.errors import UserError
 from tests.training.runs import ACTIVATIONS, assert_same_bits, checkpoint_tensors, records, tiny_run
 from trainer.config import RunConfig
-from trainer.parallel.engine import PlainEngine
+from trainer.parallel.plain import PlainEngine
 from trainer.run_folder import save_config
 from trainer.train import train
 

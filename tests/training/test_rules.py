@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from activation_store.errors import UserError
-from trainer.config import ActivationKind, RunConfig
+from trainer.config import ActivationKind, EngineKind, RunConfig
 from trainer.rules import check_run_config
 
 BROKEN = [
@@ -51,6 +51,15 @@ BROKEN = [
         },
         "set activation.tanh_lambda=0",
     ),
+    ({"engine.bucket_bytes": 0}, "engine.bucket_bytes=0"),
+    ({"engine.zero_stage": 0}, "engine.zero_stage=0 .* engine=plain"),
+    ({"engine.offload_optimizer": True}, "offload_optimizer=true is for engine=deepspeed, not plain"),
+    (
+        {"optim.fused_update": True, "optim.clip_norm": 0.0, "engine.kind": EngineKind.accelerate},
+        r"fused_update=true .*parallel.data=1 \(got engine=accelerate, parallel.data=1\)",
+    ),
+    ({"engine.kind": EngineKind.fsdp, "optim.state_dtype": "bf16"}, "optim.state_dtype=bf16 is for engine=plain"),
+    ({"engine.kind": EngineKind.accelerate, "optim.param_dtype": "bf16"}, "optim.param_dtype=bf16 .*accelerate"),
     ({"schedule.warmup_steps": -1}, "warmup_steps=-1"),
     ({"schedule.decay_fraction": 1.1}, "decay_fraction=1.1"),
     ({"train.batch_size_tokens": 0}, "batch_size_tokens=0"),

@@ -26,7 +26,7 @@ from trainer.config import RunConfig, Span
 from trainer.held_out import evaluate_rows
 from trainer.load import load_run, load_transcoder
 from trainer.model.clt import CrossLayerTranscoder
-from trainer.parallel.engine import PlainEngine
+from trainer.parallel.plain import PlainEngine
 from trainer.rows import CalibrationRows, held_out_batches, open_training_store, store_identity
 from trainer.run_folder import load_config
 from trainer.train import train

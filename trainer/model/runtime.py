@@ -27,6 +27,10 @@ class GradientBuffers:
     enabled: bool = False
     _kept: dict[int, Tensor] = field(default_factory=dict)
 
+    def keep(self, parameter: Tensor, buffer: Tensor) -> None:
+        """Use this memory for the gradient of `parameter` from now on; of its shape, device and gradient's dtype."""
+        self._kept[id(parameter)] = buffer
+
     def take(self, parameter: Tensor) -> tuple[Tensor, bool]:
         """The gradient of `parameter`, and whether to add to it (else its contents are void)."""
         if parameter.grad is not None:
