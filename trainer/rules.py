@@ -42,8 +42,8 @@ def _parallel(config: RunConfig) -> Iterator[str]:
     parallel, train = config.parallel, config.train
     for axis in ("data", "feature"):
         size = getattr(parallel, axis)
-        if size != 1:
-            yield f"parallel.{axis}={size}: this version trains on one device; use parallel.{axis}=1"
+        if size < 1:
+            yield f"parallel.{axis}={size} must be at least 1"
     ranks = parallel.data * parallel.feature
     key = "batch_size_tokens" if train.microbatch_tokens is None else "microbatch_tokens"
     microbatch = getattr(train, key)

@@ -414,7 +414,7 @@ class _Run:
             return 0
         state = checkpoint.state
         if state["data"]["store"] != self.source.identity:
-            raise UserError(
+            raise AgreedError(
                 f"{self.source.path} is not the store that run={self.folder.path} was trained on "
                 f"until step {checkpoint.step}; give that store, or train.fresh=true to start over"
             )

@@ -109,7 +109,7 @@ def test_a_full_disk_is_refused(
         ({"run": "published"}, ["published/config.yaml is not a config", "another run folder"]),
         ({"run": "run", "optim__lr": "1e-5"}, ["optim.lr", "1e-05", "train.fresh=true"]),
         ({"store__input_hook": "mlp_in", "run": "new"}, ["store", "input_hook", "mlp_in"]),
-        ({"parallel__feature": "2"}, ["parallel.feature=2"]),
+        ({"parallel__feature": "2"}, ["parallel.feature=2", "wants 2 processes", "torchrun --nproc-per-node 2"]),
     ],
 )
 def test_train_refuses(

@@ -8,7 +8,10 @@ from trainer.config import ActivationKind, EngineKind, RunConfig
 from trainer.rules import check_run_config
 
 BROKEN = [
-    ({"parallel.data": 2}, "parallel.data=2"),
+    ({"parallel.data": 0}, "parallel.data=0"),
+    ({"parallel.data": 3, "parallel.feature": 2}, r"_tokens=512 .* 6 processes \(.*=3 x .*=2\); use 510 or 516"),
+    ({"parallel.data": 3, "train.microbatch_tokens": 2}, "microbatch_tokens=2 .* 3 processes .* use 3"),
+    ({"parallel.feature": 4, "model.n_features": 1025}, "n_features=1025 .* parallel.feature=4; use 1024 or 1028"),
     ({"parallel.feature": 0}, "parallel.feature=0"),
     ({"model.n_features": 0}, "model.n_features=0"),
     ({"model.encoder_init_scale": 0.0}, "encoder_init_scale"),
