@@ -18,6 +18,8 @@ _NOT_RECIPE = frozenset(
         "train.fresh",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.checkpoint_path",
+        "train.async_checkpoint",
         "train.log_every",
         "train.eval_every",
         "text.held_out_documents",
