@@ -11,7 +11,6 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 
-from activation_store.errors import UserError
 from activation_store.storage import Storage
 
 CLAIMS = "claims"
@@ -99,7 +98,7 @@ class Claims:
         for held in list(self._held.values()):
             try:
                 self.release(held.storage, held.name)
-            except (OSError, UserError):
+            except OSError:
                 # It will be seen to stand still.
                 continue
 
@@ -127,7 +126,7 @@ class Claims:
                             continue
                         held.counter += 1
                         held.storage.put(f"{CLAIMS}/{held.name}", self._value(held.counter))
-                    except (OSError, UserError):
+                    except OSError:
                         # A full disk or a lost network: whoever writes rows will say so.
                         continue
 

@@ -2,7 +2,6 @@
 
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
-from activation_store.places import store_place
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from launch.config import LayerloomConfig
@@ -43,7 +42,7 @@ def _shape(config: LayerloomConfig) -> tuple[int, int]:
     if config.tune.n_layers:
         return config.tune.n_layers, config.tune.d_model
     try:
-        store = ActivationStore.open(store_place(config.store))
+        store = ActivationStore.open(config.store.path)
     except UserError as error:
         raise UserError(
             f"{error}; or give the shape without a store: tune.n_layers=30 tune.d_model=576 (for example)"

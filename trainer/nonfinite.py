@@ -33,7 +33,10 @@ def check_finite(
     if math.isfinite(loss_value) and math.isfinite(norm_value):
         return float(norm_value)
     what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradients' norm is {norm_value}"
-    _, where = min(agreement.gather(_first_layer(loss, model, microbatches)))
+    # Engines that shard parameters have them whole in there.
+    with engine.master_weights():
+        found = _first_layer(loss, model, microbatches)
+    _, where = min(agreement.gather(found))
     raise AgreedError(
         f"{what} at step {step}, first in {where}; nothing of this step was saved: "
         f"{resume()}, or start over with a lower optim.lr (train.fresh=true)"

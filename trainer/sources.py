@@ -72,19 +72,9 @@ class Source(Protocol):
         """Makes what must be there before training. The run folder exists and is locked. Raises UserError."""
 
     def batches(
-        self,
-        position: int,
-        state: Mapping[str, Any],
-        *,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-        decoded: bool = True,
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> Batches:
-        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start).
-
-        decoded=False: as they are stored will do, where a source has them so.
-        """
+        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start)."""
 
     def checkpointed(self, position: int) -> None:
         """A checkpoint at `position` is durable: rows of batches before it will not be asked for again.
@@ -135,14 +125,7 @@ class DiskSource:
         """Everything is there."""
 
     def batches(
-        self,
-        position: int,
-        state: Mapping[str, Any],
-        *,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-        decoded: bool = True,
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> ShuffledBatches:
         source = self.config.source
         return ShuffledBatches(
@@ -157,7 +140,6 @@ class DiskSource:
             start_batch=position,
             prefetch_bytes=source.prefetch_bytes,
             threads=source.threads,
-            decoded=decoded,
             device=device,
         )
 
@@ -184,7 +166,7 @@ class LiveSource:
         self.d_model = info.d_model
         layout = StoreLayout(self.n_layers, self.d_model, store.dtype, store.chunk_rows, store.shard_rows)
         unit_rows = store.batch_contexts * self.config.text.context_length
-        share = batch_rows(self.config) // (self.config.parallel.data * self.config.parallel.feature)
+        share = batch_rows(self.config) // self.config.parallel.data
         ring_layout(layout, self.config.source, unit_rows=unit_rows, share=share)
 
     @property
@@ -205,14 +187,7 @@ class LiveSource:
         self._sample = harvest_sample(self.config)
 
     def batches(
-        self,
-        position: int,
-        state: Mapping[str, Any],
-        *,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-        decoded: bool = True,
+        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> Batches:
         from activation_store.live import LiveActivations, LiveText
 

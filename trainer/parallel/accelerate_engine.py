@@ -5,6 +5,7 @@ a model that is partitioned over the feature axis with those of rank 0, without 
 alone, and accelerate prepares the optimizer.
 """
 
+import warnings
 from collections.abc import Sequence
 
 from accelerate import Accelerator
@@ -36,15 +37,18 @@ class AccelerateEngine(PlainEngine):
         self.optimizer.wrap(self._accelerator.prepare_optimizer)
         self._ddp: nn.Module = self.loss
         if self.mesh.data.size > 1:
-            self._ddp = DistributedDataParallel(
-                self.loss,
-                process_group=self.mesh.data.group,
-                bucket_cap_mb=config.engine.bucket_bytes / 2**20,
-                broadcast_buffers=False,
-                # Every parameter is used. But without this, DDP lays its buckets anew after the first step, and a
-                # resumed run adds the same numbers in another order.
-                find_unused_parameters=True,
-            )
+            with warnings.catch_warnings():
+                # torch 2.13 has another name for broadcast_buffers, which older ones do not know.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._ddp = DistributedDataParallel(
+                    self.loss,
+                    process_group=self.mesh.data.group,
+                    bucket_cap_mb=config.engine.bucket_bytes / 2**20,
+                    broadcast_buffers=False,
+                    # Every parameter is used. But without this, DDP lays its buckets anew after the first step, and a
+                    # resumed run adds the same numbers in another order.
+                    find_unused_parameters=True,
+                )
 
     def backward(
         self, microbatches: Sequence[ActivationBatch], context: StepContext, *, residual: bool = False
