@@ -25,7 +25,7 @@ from benchmarks.measure import command, machine, table, write_page
 from benchmarks.steps import MODES, Shape, build_step, random_batch
 from trainer.checkpoint import Checkpointer
 from trainer.memory import freed_memory_kept
-from trainer.parallel.engine import PlainEngine
+from trainer.parallel.plain import PlainEngine
 from trainer.saving.pieces import State, as_pieces, local_bytes
 from trainer.tensor_file import write_tensors
 

@@ -353,7 +353,7 @@ def test_weights_broken_by_the_last_update_are_not_saved(run: RunConfig, monkeyp
     def overflow(engine: PlainEngine, norm: float) -> None:
         update(engine, norm)
         with torch.no_grad():
-            engine._model.source_layers[1].W_enc[2] = torch.nan
+            engine.model.source_layers[1].W_enc[2] = torch.nan
 
     run = tiny_run(run, Path(run.run), {"train.tokens": run.train.batch_size_tokens})
     monkeypatch.setattr(PlainEngine, "update", overflow)
