@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--only", nargs="*", metavar="WORD", help="runs whose name has one of these words")
+    parser.add_argument("--words", nargs="*", default=[], help="overrides of every run's training")
     arguments = parser.parse_args()
     names = [name for name in RUNS if not arguments.only or any(word in name for word in arguments.only)]
     with tempfile.TemporaryDirectory(prefix="layerloom-compare-") as temporary, ExitStack() as stack:
@@ -77,7 +78,7 @@ def main() -> int:
         hashes = []
         for side, commit in (("old", arguments.old), ("new", arguments.new)):
             tree = stack.enter_context(_checkout(commit, work / f"{side}-tree"))
-            hashes.append(_hashes(tree, work / side, subject, text, names))
+            hashes.append(_hashes(tree, work / side, subject, text, names, arguments.words))
     same = True
     print(f"{'':<32}{arguments.old[:14]:<16}{arguments.new[:14]:<16}")
     for name in hashes[0]:
@@ -107,14 +108,14 @@ def _checkout(commit: str, folder: Path) -> Iterator[Path]:
         _git("worktree", "remove", "--force", str(folder))
 
 
-def _hashes(tree: Path, work: Path, subject: Path, text: Path, names: list[str]) -> dict[str, str]:
+def _hashes(tree: Path, work: Path, subject: Path, text: Path, names: list[str], words: list[str]) -> dict[str, str]:
     inputs = [f"subject.path={subject}", f"text.path={text}", *STORE, f"store.path={work / 'store'}"]
     _layerloom(tree, ["harvest", *inputs])
     found = {"store": _store_hash(tree, work / "store")}
     for number, name in enumerate(names):
         run = work / f"run_{number}"
         top_k = TOP_K if "topk" in name or "per-layer" in name else []
-        _layerloom(tree, ["train", *inputs, *TRAINING, *RUNS[name], *top_k, f"run={run}"])
+        _layerloom(tree, ["train", *inputs, *TRAINING, *RUNS[name], *top_k, *words, f"run={run}"])
         # Commits before checkpoints in parts have one file.
         checkpoints = sorted(run.glob("checkpoints/step_*/model*.safetensors"))
         digest = hashlib.sha256()
