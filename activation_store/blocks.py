@@ -16,7 +16,7 @@ from activation_store.config import Dtype, StoreConfig, SubjectConfig, TextConfi
 from activation_store.errors import UserError
 from activation_store.hooks import CaptureHooks
 from activation_store.manifest import HELD_OUT
-from activation_store.places import place
+from activation_store.places import store_place
 from activation_store.tokens import PackedContexts
 from activation_store.windows import Part
 from activation_store.writer import StoredRows
@@ -36,7 +36,7 @@ def parts_of(text: TextConfig, store: StoreConfig) -> list[Part]:
 
     Held-out contexts come evenly from all held-out documents, at least one from each: `held_out_tokens` or a few more.
     """
-    folder = place(store.path)
+    folder = store_place(store)
     # The context that reaches the last token asked for is taken whole; others may be partly filled.
     most_rows = store.tokens + text.context_length - 1
     parts = [Part("train", folder, text, store.tokens, most_rows)]

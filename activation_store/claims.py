@@ -11,6 +11,7 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 
+from activation_store.errors import UserError
 from activation_store.storage import Storage
 
 CLAIMS = "claims"
@@ -98,7 +99,7 @@ class Claims:
         for held in list(self._held.values()):
             try:
                 self.release(held.storage, held.name)
-            except OSError:
+            except (OSError, UserError):
                 # It will be seen to stand still.
                 continue
 
@@ -126,7 +127,7 @@ class Claims:
                             continue
                         held.counter += 1
                         held.storage.put(f"{CLAIMS}/{held.name}", self._value(held.counter))
-                    except OSError:
+                    except (OSError, UserError):
                         # A full disk or a lost network: whoever writes rows will say so.
                         continue
 

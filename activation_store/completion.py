@@ -1,6 +1,7 @@
 """The end of a store in the making: counts, final statistics and status, once all its windows are committed."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from activation_store.layout import create_zarr
@@ -27,17 +28,33 @@ def complete_store(folder: Place, manifest: StoreManifest) -> None:
     manifest.save(folder)
 
 
+@dataclass(slots=True)
+class SourceCounts:
+    """Rows and documents of each source of a mixture, by label, counted commit by commit."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    documents: dict[str, set[int]] = field(default_factory=dict)
+
+    def add(self, commit: Commit) -> None:
+        """Counts one more."""
+        for document in commit.documents:
+            label = source_of(document.name)
+            self.rows[label] = self.rows.get(label, 0) + document.rows
+            self.documents.setdefault(label, set()).add(document.index)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """As the manifest has them."""
+        return [
+            {"label": label, "rows": count, "documents": len(self.documents[label])}
+            for label, count in sorted(self.rows.items())
+        ]
+
+
 def count_sources(manifest: StoreManifest, commits: Iterable[Commit]) -> list[dict[str, Any]]:
     """Rows and documents of each source of a mixture, by label; [] for one text."""
     if not manifest.text.get("sources"):
         return []
-    rows: dict[str, int] = {}
-    documents: dict[str, set[int]] = {}
+    counts = SourceCounts()
     for commit in commits:
-        for document in commit.documents:
-            label = source_of(document.name)
-            rows[label] = rows.get(label, 0) + document.rows
-            documents.setdefault(label, set()).add(document.index)
-    return [
-        {"label": label, "rows": count, "documents": len(documents[label])} for label, count in sorted(rows.items())
-    ]
+        counts.add(commit)
+    return counts.listed()

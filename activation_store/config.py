@@ -149,7 +149,7 @@ class TextConfig:
 class StoreConfig:
     """The activation store on disk, and how it is harvested."""
 
-    # Folder of the store.
+    # Folder of the store, or its URL on an object store: s3://BUCKET/PREFIX, gs://..., az://...
     path: str = "runs/demo/store"
     # Where mlp_in is read.
     input_hook: InputHook = InputHook.resid_mid
@@ -177,6 +177,16 @@ class StoreConfig:
     claim_seconds: float = 20.0
     # Rows whose norm exceeds this many times the layer's mean norm are not trained on.
     outlier_factor: float = 20.0
+    # How a URL is reached: obstore's options, such as {endpoint: http://HOST:9000, region: eu-west-1}. Secrets come
+    # from the environment (AWS_ACCESS_KEY_ID, ...).
+    remote_options: dict[str, str] = field(default_factory=dict)
+    # Requests of one process at a time, and seconds for which one that fails for a passing reason is tried again.
+    remote_requests: int = 16
+    remote_retry_seconds: float = 60.0
+    # Bytes of local copies of what is read from a URL (0: none), and the folder of the cache, which processes of a
+    # machine share; empty: $LAYERLOOM_CACHE or ~/.cache/layerloom.
+    remote_cache_bytes: int = 10_000_000_000
+    remote_cache_dir: str = ""
 
 
 class SourceKind(StrEnum):

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import xxhash
 
+from activation_store.errors import os_error_line
+from activation_store.progress import report
+
 BLOCK_BYTES = 1 << 16
 # What is kept when room is made, so that it is not made again at once.
 _KEPT = 0.875
@@ -39,6 +42,7 @@ class FileCache:
         self.folder, self.max_bytes = folder, max_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._boot = _boot_id()
+        self._given_up = False
 
     def file(self, name: str, size: int) -> CachedFile:
         """`name` is another one for other content (with the remote file's version)."""
@@ -47,7 +51,13 @@ class FileCache:
 
     def holds(self, length: int) -> bool:
         """Whether it is worth keeping so many bytes: they leave room for others."""
-        return 0 < length <= self.max_bytes // 4
+        return not self._given_up and 0 < length <= self.max_bytes // 4
+
+    def give_up(self, error: OSError) -> None:
+        """Keeps nothing more in this process: the disk is full, or fails. Says so once."""
+        if not self._given_up:
+            self._given_up = True
+            report(f"cache {self.folder}: {os_error_line(error)}; reading goes on without it (store.remote_cache_dir)")
 
     @contextmanager
     def filled(self, file: CachedFile, offset: int, length: int, fetch: Fetch) -> Iterator[int]:

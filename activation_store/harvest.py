@@ -74,8 +74,7 @@ def harvest(subject: SubjectConfig, text: TextConfig, store: StoreConfig, *, dev
     """
     started = time.monotonic()
     plan = make_plan(subject, text, store)
-    if isinstance(plan.folder, Path):
-        check_not_rolling(plan.folder, "a harvest with source=disk")
+    check_not_rolling(plan.folder, "a harvest with source=disk")
     if is_complete(plan):
         report(f"harvest: {plan.folder} is complete and matches its config; nothing to do")
         return _summary(plan, started, skipped=True)

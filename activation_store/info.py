@@ -1,58 +1,82 @@
 """`layerloom store info`: what a store holds and how it came to be, on one page."""
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
-from activation_store.completion import count_sources
-from activation_store.manifest import Commit, StoreManifest, count_documents, read_commits
+from activation_store.completion import SourceCounts
+from activation_store.manifest import Commit, StoreManifest, read_commits
+from activation_store.places import Place
 from activation_store.progress import human_bytes
 from activation_store.store import ActivationStore
 from activation_store.verify import store_folders
 
 
-def store_info(path: Path | str) -> str:
+@dataclass(slots=True)
+class _Totals:
+    """Of all commits, which are not held: there may be many."""
+
+    windows: int = 0
+    rows: int = 0
+    documents: set[int] = field(default_factory=set)
+    files: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, commits: Iterable[Commit], manifest: StoreManifest) -> "_Totals":
+        total, sources = cls(), SourceCounts()
+        for commit in commits:
+            total.windows += 1
+            total.rows += commit.rows
+            total.documents.update(document.index for document in commit.documents)
+            for key, record in commit.files.items():
+                total.files[key.split("/")[0]] += 1
+                total.sizes[key.split("/")[0]] += record.bytes
+            sources.add(commit)
+        if manifest.text.get("sources"):
+            total.sources = sources.listed()
+        return total
+
+
+def store_info(path: Place | str) -> str:
     """A page about a store, complete or not. Raises UserError if `path` is not a store."""
     store = ActivationStore.open(path, allow_incomplete=True)
-    commits = list(read_commits(store.path))
-    lines = [*_described(store, commits), *_made(store, commits), *_scaled(store)]
+    total = _Totals.of(read_commits(store.path), store.manifest)
+    lines = [*_described(store, total), *_made(store, total), *_scaled(store)]
     for folder in store_folders(path)[1:]:
         held_out = ActivationStore.open(folder, allow_incomplete=True)
         lines.append(f"held out    {held_out.manifest.status}, {held_out.n_rows:,} rows in {folder.name}/")
     return "\n".join(lines)
 
 
-def _described(store: ActivationStore, commits: list[Commit]) -> list[str]:
+def _described(store: ActivationStore, total: _Totals) -> list[str]:
     m = store.manifest
-    rows = f"{store.n_rows:,} in {len(commits)} windows, {count_documents(commits)} documents"
+    rows = f"{store.n_rows:,} in {total.windows} windows, {len(total.documents)} documents"
     return [
         f"store       {store.path} ({m.status}, format {m.format_version})",
         f"rows        {rows}, {human_bytes(store.n_rows * store.layout.row_bytes)}",
-        *_on_disk(commits, m.compression.value),
+        *_on_disk(total, m.compression.value),
         f"arrays      mlp_in, mlp_out (rows, {len(m.layers)} layers, {m.d_model}) {m.dtype.value}",
         f"layers      {m.layers[0]}-{m.layers[-1]}, {m.input_hook} -> mlp_out",
     ]
 
 
-def _on_disk(commits: list[Commit], compression: str) -> list[str]:
+def _on_disk(total: _Totals, compression: str) -> list[str]:
     """Files and bytes of each array, as committed."""
-    files: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for commit in commits:
-        for key, record in commit.files.items():
-            files[key.split("/")[0]] += 1
-            sizes[key.split("/")[0]] += record.bytes
-    total = f"{human_bytes(sizes.total())} in {files.total()} shards, compression {compression}"
-    arrays = ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.most_common())
-    return [f"on disk     {total}", *([f"            {arrays}"] if arrays else [])]
+    whole = f"{human_bytes(total.sizes.total())} in {total.files.total()} shards, compression {compression}"
+    arrays = ", ".join(f"{name} {human_bytes(size)}" for name, size in total.sizes.most_common())
+    return [f"on disk     {whole}", *([f"            {arrays}"] if arrays else [])]
 
 
-def _made(store: ActivationStore, commits: list[Commit]) -> list[str]:
+def _made(store: ActivationStore, total: _Totals) -> list[str]:
     m = store.manifest
     return [
         f"subject     {m.subject['path']} ({m.subject['architecture']}, {m.subject['dtype']})",
         f"            {m.subject['provenance']}",
         *_texts(m),
-        *_sources(m, commits),
+        *_sources(m, total),
         "made with   " + ", ".join(f"{name} {value}" for name, value in m.provenance.items()),
     ]
 
@@ -72,13 +96,12 @@ def _texts(m: StoreManifest) -> list[str]:
     return lines
 
 
-def _sources(m: StoreManifest, commits: list[Commit]) -> list[str]:
+def _sources(m: StoreManifest, total: _Totals) -> list[str]:
     """Rows and documents of each source of a mixture, as committed so far; what became of chats' special tokens."""
-    total = max(1, sum(commit.rows for commit in commits))
     lines = [
-        f"            {source['label']}: {source['rows']:,} rows ({source['rows'] / total:.1%}), "
+        f"            {source['label']}: {source['rows']:,} rows ({source['rows'] / max(1, total.rows):.1%}), "
         f"{source['documents']:,} documents"
-        for source in count_sources(m, commits)
+        for source in total.sources
     ]
     if m.text.get("chat") or any(source["chat"] for source in m.text.get("sources", [])):
         done = "kept" if m.text["chat_special_tokens"] == "keep" else "masked"

@@ -25,7 +25,16 @@ HARVESTING, COMPLETE = "harvesting", "complete"
 # through the fingerprints of what they lead to.
 _FREE_SUBJECT = ("path", "revision", "base_model", "model_name", "license", "cache_dir")
 _FREE_TEXT = ("path", "license")
-_FREE_STORE = ("path", "scratch", "claim_seconds")
+FREE_STORE = (
+    "path",
+    "scratch",
+    "claim_seconds",
+    "remote_options",
+    "remote_requests",
+    "remote_retry_seconds",
+    "remote_cache_bytes",
+    "remote_cache_dir",
+)
 
 
 class DamagedRecordError(UserError):
@@ -210,7 +219,7 @@ def identity(
     subject: SubjectConfig, text: TextConfig, store: StoreConfig, *, layers: range, subject_fingerprint: str, files: str
 ) -> dict[str, Any]:
     """What two configs must agree on to mean the same store, keyed as in the configs."""
-    asked_store = _without(asdict(store), _FREE_STORE) | {"layer_start": layers.start, "layer_stop": layers.stop}
+    asked_store = _without(asdict(store), FREE_STORE) | {"layer_start": layers.start, "layer_stop": layers.stop}
     return {
         "subject": _without(asdict(subject), _FREE_SUBJECT) | {"fingerprint": subject_fingerprint},
         "text": _without(asdict(text), _FREE_TEXT) | {"fingerprint": files},

@@ -8,7 +8,7 @@ give the same statistics to the last bit.
 
 import errno
 import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from activation_store.manifest import (
     provenance,
     read_commits,
 )
+from activation_store.places import Place, read_parts, storage_at
 from activation_store.progress import Progress, human_bytes, report
 from activation_store.shard_writer import write_shard
 from activation_store.shards import ShardRecord, read_pieces
-from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
 
 # Link is not possible there: another file system, one without links, or too many of them.
@@ -54,7 +54,7 @@ class MergeSummary:
     copied: int
 
 
-def merge_stores(folders: list[Path], output: Path) -> MergeSummary:
+def merge_stores(folders: Sequence[Place], output: Place) -> MergeSummary:
     """Makes the store `output` of the complete stores `folders`, their held-out parts included.
 
     Raises UserError, before anything is written: for fewer than two stores, one that is half written or another format,
@@ -84,10 +84,10 @@ def _linked_bytes(store: ActivationStore) -> int:
     return sum(record.bytes for key, record in files if not key.startswith("document_ids/"))
 
 
-def _checked(folders: list[Path], output: Path) -> list[ActivationStore]:
+def _checked(folders: Sequence[Place], output: Place) -> list[ActivationStore]:
     if len(folders) < 2:
         raise UserError(f"merge joins two stores or more, got {len(folders)}; name their folders")
-    if len({folder.resolve() for folder in (*folders, output)}) <= len(folders):
+    if len({_resolved(folder) for folder in (*folders, output)}) <= len(folders):
         raise UserError(f"merge wants different folders, got {', '.join(map(str, folders))} and output={output}")
     stores = [ActivationStore.open(folder) for folder in folders]
     first = stores[0]
@@ -107,6 +107,10 @@ def _checked(folders: list[Path], output: Path) -> list[ActivationStore]:
     if output.exists() and any(output.iterdir()) and not _begun(output, stores):
         raise UserError(f"output={output} exists and is not a merge of these stores; give a new folder")
     return stores
+
+
+def _resolved(folder: Place) -> str:
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
 
 
 def _alike(store: ActivationStore) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def _merged_manifest(stores: list[ActivationStore]) -> StoreManifest:
     )
 
 
-def _begun(output: Path, stores: list[ActivationStore]) -> bool:
+def _begun(output: Place, stores: list[ActivationStore]) -> bool:
     """Whether `output` is a merge of these stores that was not finished."""
     parts = [
         (output, stores),
@@ -225,10 +229,10 @@ def _begun(output: Path, stores: list[ActivationStore]) -> bool:
 class _Merge:
     """One part of the merged store in the making."""
 
-    def __init__(self, stores: list[ActivationStore], output: Path, progress: Progress, counts: list[int]) -> None:
+    def __init__(self, stores: list[ActivationStore], output: Place, progress: Progress, counts: list[int]) -> None:
         """`counts`: bytes linked and copied, counted up."""
         self._stores, self._output, self._progress, self._counts = stores, output, progress, counts
-        self._storage = LocalStorage(output)
+        self._storage = storage_at(output)
         self._manifest = _merged_manifest(stores)
         arrays = self._manifest.layout.arrays()
         self._ids = next(array for array in arrays if array.name == "document_ids")
@@ -253,7 +257,7 @@ class _Merge:
             before, after = commit.start_row // shard_rows + number, start_row // shard_rows + number
             for array in self._others:
                 record = commit.files[array.shard_key(before)]
-                self._link(Path(str(store.path)) / array.shard_key(before), self._output / array.shard_key(after))
+                self._link(store.path / array.shard_key(before), array.shard_key(after), record.bytes)
                 files[array.shard_key(after)] = record
                 self._progress.advance(record.bytes)
             filled = min(shard_rows, commit.rows - number * shard_rows)
@@ -262,21 +266,22 @@ class _Merge:
         moved = replace(commit, window=window, start_row=start_row, documents=documents, files=files)
         moved.create(self._output)
 
-    def _link(self, there: Path, here: Path) -> None:
-        here.parent.mkdir(parents=True, exist_ok=True)
-        size = there.stat().st_size
-        if here.exists() and here.stat().st_size == size:
+    def _link(self, there: Place, key: str, size: int) -> None:
+        """Puts a shard in its place; it appears whole."""
+        if self._storage.size(key) == size:
             return
-        try:
-            os.link(there, here)
-            self._counts[0] += size
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
-            partial = here.with_name(f".{here.name}.partial")
-            shutil.copyfile(there, partial)
-            os.replace(partial, here)
-            self._counts[1] += size
+        if isinstance(there, Path) and isinstance(self._output, Path):
+            here = self._output / key
+            here.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(there, here)
+                self._counts[0] += size
+                return
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+        self._storage.put_if_absent(key, list(read_parts(there)))
+        self._counts[1] += size
 
     def _renumber(self, store: ActivationStore, before: int, after: int, filled: int, offset: int) -> ShardRecord:
         """Writes the shard `after` of document ids: those of shard `before` of a store, `offset` added."""
@@ -292,7 +297,7 @@ class _Merge:
         return written.record
 
 
-def merge_line(summary: MergeSummary, output: Path) -> str:
+def merge_line(summary: MergeSummary, output: Place) -> str:
     """The summary in words."""
     return (
         f"{output}: {summary.rows:,} rows of {summary.documents:,} documents; {human_bytes(summary.linked)} linked, "

@@ -33,7 +33,7 @@ from activation_store.storage import Bytes
 
 T = TypeVar("T")
 # One request reads at most so much: a dropped connection loses no more.
-_REQUEST_BYTES = 1 << 25
+REQUEST_BYTES = 1 << 25
 # Of a large upload; S3 takes at most 10,000 parts.
 _PART_BYTES = 1 << 26
 _PART_RETRIES = 10
@@ -71,7 +71,14 @@ class ObjectStorageOptions:
         if self.cache_bytes <= 0:
             return None
         root = self.cache_dir or os.environ.get("LAYERLOOM_CACHE") or "~/.cache/layerloom"
-        return FileCache(Path(root).expanduser() / "objects", self.cache_bytes)
+        folder = Path(root).expanduser() / "objects"
+        try:
+            return FileCache(folder, self.cache_bytes)
+        except OSError as error:
+            raise UserError(
+                f"the cache folder {folder} cannot be made ({error.strerror}); give another store.remote_cache_dir, or "
+                "store.remote_cache_bytes=0 for no cache"
+            ) from error
 
 
 class ObjectStorage:
@@ -141,10 +148,19 @@ class ObjectStorage:
         found = self._request(folder, lambda _: obstore.list_with_delimiter(self._store, folder))
         return iter([item["path"] for item in found["objects"]])
 
+    def children(self, folder: str) -> Sequence[str]:
+        """What is right below `folder`: keys of objects, and beginnings of keys of those that are deeper."""
+        found = self._request(folder, lambda _: obstore.list_with_delimiter(self._store, folder or None))
+        return [*(item["path"] for item in found["objects"]), *found["common_prefixes"]]
+
     def list_all(self, folder: str) -> Iterator[str]:
         """Keys of all objects below `folder`, however deep."""
+        return (key for key, _ in self.sizes(folder))
+
+    def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Keys and bytes of all objects below `folder`, however deep."""
         found = self._request(folder, lambda _: obstore.list(self._store, folder or None).collect())
-        return iter([item["path"] for item in found])
+        return iter([(item["path"], int(item["size"])) for item in found])
 
     def delete(self, key: str) -> None:
         """One request."""
@@ -175,8 +191,8 @@ class ObjectStorage:
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object that has them, in requests of bounded size."""
         parts = []
-        for first in range(start, stop, _REQUEST_BYTES):
-            last = min(stop, first + _REQUEST_BYTES)
+        for first in range(start, stop, REQUEST_BYTES):
+            last = min(stop, first + REQUEST_BYTES)
             parts.append(self._request(key, partial(self._range, key, first, last)))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -233,23 +249,37 @@ class ObjectFile:
 
     def read(self, offset: int, length: int) -> bytes:
         stop = min(self.size, offset + length)
-        if self._cache is None or self._cached is None or not self._cache.holds(length):
-            return self._fetch(offset, stop) if stop > offset else b""
-        with self._cache.filled(self._cached, offset, length, self._fetch) as descriptor:
-            return os.pread(descriptor, max(0, stop - offset), offset)
+        if stop <= offset:
+            return b""
+        found = self._from_cache(offset, stop, lambda descriptor: os.pread(descriptor, stop - offset, offset))
+        return self._fetch(offset, stop) if found is None else found
 
     def read_pieces(self, pieces: Pieces, offset: int) -> bool:
         length = int(pieces[:, 1].sum())
         if offset + length > self.size:
             return False
-        if self._cache is None or self._cached is None or not self._cache.holds(length):
-            copy_to_pieces(np.frombuffer(self._fetch(offset, offset + length), dtype=np.uint8), 0, pieces)
-            return True
-        with self._cache.filled(self._cached, offset, length, self._fetch) as descriptor:
-            return read_descriptor(descriptor, pieces, offset)
+        stop = offset + length
+        found = self._from_cache(offset, stop, lambda descriptor: read_descriptor(descriptor, pieces, offset))
+        if found is None:
+            copy_to_pieces(np.frombuffer(self._fetch(offset, stop), dtype=np.uint8), 0, pieces)
+        return found is not False
 
     def hint(self, offset: int, length: int) -> None:
         """Nothing: the threads that read fetch several parts at once."""
+
+    def _from_cache(self, start: int, stop: int, read: Callable[[int], T]) -> T | None:
+        """What `read` makes of the local copy, which has these bytes then; None if they are not to be kept there."""
+        if self._cache is None or self._cached is None or not self._cache.holds(stop - start):
+            return None
+        try:
+            with self._cache.filled(self._cached, start, stop - start, self._fetch) as descriptor:
+                return read(descriptor)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            # The local disk's fault, not the server's: without the cache all is still to be had.
+            self._cache.give_up(error)
+            return None
 
     def _fetch(self, start: int, stop: int) -> bytes:
         return self._storage.read_range(self._key, start, stop)

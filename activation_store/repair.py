@@ -6,8 +6,7 @@ before. However a repair ends, repairing again (or the harvest) continues it.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from activation_store.harvest import harvest
 from activation_store.manifest import (
     COMMITS,
     COMPLETE,
+    FREE_STORE,
     HARVESTING,
     HELD_OUT,
     MANIFEST,
@@ -40,17 +40,18 @@ from activation_store.manifest import (
     committed_windows,
     read_commits,
 )
+from activation_store.places import Place, storage_at, store_place
 from activation_store.plan import make_plan
 from activation_store.progress import report
 from activation_store.rolling import check_not_rolling
 from activation_store.shards import ShardRecord
-from activation_store.storage import LocalStorage
+from activation_store.storage import Storage
 from activation_store.used import BITS, ENDS
 from activation_store.verify import Damage, verify_store
 from activation_store.windows import WINDOWS, WindowRecord
 
 _REPAIR = "repair"
-Files = dict[Path, dict[str, ShardRecord]]
+Files = dict[Place, dict[str, ShardRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Places:
     text: str = ""
     # Of the converted subjects, as `subject.cache_dir`.
     cache_dir: str = ""
+    # How the store is reached and harvested (`remote_...`, `scratch`, `claim_seconds`); the rest is the store's own.
+    reach: StoreConfig = field(default_factory=StoreConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +74,17 @@ class RepairSummary:
     changed: list[str]
 
 
-def repair_store(path: Path | str, places: Places = Places(), *, device: str = "auto") -> RepairSummary:
+def repair_store(path: Place | str, places: Places = Places(), *, device: str = "auto") -> RepairSummary:
     """Verifies a store and harvests again what is damaged; a store that was only half repaired is finished.
 
     Raises UserError, before anything is deleted, if `path` is no store, its manifest is damaged, it was merged, or its
     subject or text is not there any more.
     """
-    folder = Path(path)
+    folder = store_place(places.reach, str(path))
     check_not_rolling(folder, "repair")
     configs = stored_configs(folder, places)
     with Claims(pause_seconds=configs[2].claim_seconds / PATIENCE) as claims:
-        storage = LocalStorage(folder)
+        storage = storage_at(folder)
         while not claims.observe(storage, _REPAIR):
             report(f"repair: another process is repairing {folder}; waiting for it")
             claims.pause()
@@ -96,13 +99,13 @@ def repair_store(path: Path | str, places: Places = Places(), *, device: str = "
     return RepairSummary(_windows(found), _changed(files))
 
 
-def _same_threads(folder: Path) -> None:
+def _same_threads(folder: Place) -> None:
     """As many threads as harvested the store: sums of another number of parts may differ in their last bits."""
     if threads := StoreManifest.load(folder).provenance.get("threads"):
         torch.set_num_threads(int(threads))
 
 
-def stored_configs(folder: Path, places: Places) -> tuple[SubjectConfig, TextConfig, StoreConfig]:
+def stored_configs(folder: Place, places: Places) -> tuple[SubjectConfig, TextConfig, StoreConfig]:
     """The configs that a store was harvested with. Raises UserError for a store that was merged from others."""
     manifest = StoreManifest.load(folder)
     subject, store = manifest.config["subject"], manifest.config["store"]
@@ -121,7 +124,7 @@ def stored_configs(folder: Path, places: Places) -> tuple[SubjectConfig, TextCon
             cache_dir=places.cache_dir,
         ),
         replace(text, path=places.text or text.path),
-        _store_config(store, folder),
+        _store_config(store, folder, places.reach),
     )
 
 
@@ -135,18 +138,19 @@ def _text_config(values: dict[str, Any]) -> TextConfig:
     return TextConfig(**values | kinds)
 
 
-def _store_config(values: dict[str, Any], folder: Path) -> StoreConfig:
+def _store_config(values: dict[str, Any], folder: Place, reach: StoreConfig) -> StoreConfig:
     kinds = {"input_hook": InputHook, "dtype": _kind("dtype"), "compression": _kind("compression")}
     known = {field.name for field in fields(StoreConfig)}
     typed = {key: kinds[key](value) if key in kinds else value for key, value in values.items() if key in known}
-    return StoreConfig(**typed | {"path": str(folder)})
+    told = {key: getattr(reach, key) for key in FREE_STORE}
+    return StoreConfig(**typed | told | {"path": str(folder)})
 
 
 def _kind(name: str) -> Any:
     return next(type(field.default) for field in fields(StoreConfig) if field.name == name)
 
 
-def _parts(folder: Path) -> list[Path]:
+def _parts(folder: Place) -> list[Place]:
     """The folders of a store's parts that have a manifest."""
     return [part for part in (folder, folder / HELD_OUT) if (part / MANIFEST).is_file()]
 
@@ -155,7 +159,7 @@ def _windows(found: list[Damage]) -> int:
     return len({(damage.folder, damage.window) for damage in found})
 
 
-def _check(folder: Path, configs: tuple[SubjectConfig, TextConfig, StoreConfig], found: list[Damage]) -> None:
+def _check(folder: Place, configs: tuple[SubjectConfig, TextConfig, StoreConfig], found: list[Damage]) -> None:
     """Refuses what cannot be harvested again."""
     for damage in found:
         if damage.window < 0:
@@ -170,7 +174,7 @@ def _check(folder: Path, configs: tuple[SubjectConfig, TextConfig, StoreConfig],
         )
 
 
-def _take_out(folder: Path, found: list[Damage]) -> Files:
+def _take_out(folder: Place, found: list[Damage]) -> Files:
     """Deletes damaged shards and then the commits of their windows; what those commits said of their shards."""
     files: Files = {}
     for part in _parts(folder):
@@ -183,9 +187,12 @@ def _take_out(folder: Path, found: list[Damage]) -> Files:
     return files
 
 
-def _reopen(part: Path, damaged: dict[int, list[str]]) -> dict[str, ShardRecord]:
-    storage, manifest = LocalStorage(part), StoreManifest.load(part)
-    commits = {window: commit for window in committed_windows(part) if (commit := _readable(part, window)) is not None}
+def _reopen(part: Place, damaged: dict[int, list[str]]) -> dict[str, ShardRecord]:
+    storage, manifest = storage_at(part), StoreManifest.load(part)
+    # Those that say where the damaged windows lie, not all: there may be many.
+    near = {number + step for number in damaged for step in (-1, 0, 1)} | {len(manifest.blocks) - 1}
+    there = near.intersection(committed_windows(part))
+    commits = {window: commit for window in there if (commit := _readable(part, window)) is not None}
     _keep_records(storage, manifest, commits, sorted(damaged))
     blocks = manifest.blocks
     if manifest.status == COMPLETE:
@@ -207,16 +214,14 @@ def _reopen(part: Path, damaged: dict[int, list[str]]) -> dict[str, ShardRecord]
     return files
 
 
-def _readable(part: Path, window: int) -> Commit | None:
+def _readable(part: Place, window: int) -> Commit | None:
     try:
         return Commit.load(commit_path(part, window))
     except DamagedRecordError:
         return None
 
 
-def _keep_records(
-    storage: LocalStorage, manifest: StoreManifest, commits: dict[int, Commit], damaged: list[int]
-) -> None:
+def _keep_records(storage: Storage, manifest: StoreManifest, commits: dict[int, Commit], damaged: list[int]) -> None:
     """Writes where windows lie, as far as the commits know it: else the harvest would tokenise all text before them."""
     if manifest.status != COMPLETE:
         return
@@ -240,12 +245,12 @@ def _keep_records(
         storage.put_if_absent(f"{WINDOWS}/{window:08d}.json", [json.dumps(asdict(record)).encode()])
 
 
-def _shards_of(part: Path, manifest: StoreManifest, blocks: list[list[int]], window: int) -> list[str]:
+def _shards_of(part: Place, manifest: StoreManifest, blocks: list[list[int]], window: int) -> list[str]:
     """The shards of a window without a readable commit."""
     if window < len(blocks):
         start, rows = blocks[window]
     else:
-        data = json.loads((part / WINDOWS / f"{window:08d}.json").read_text())
+        data = json.loads((part / WINDOWS / f"{window:08d}.json").read_bytes())
         start, rows = data["start_row"], data["rows"]
     first = start // manifest.shard_rows
     numbers = range(first, first + manifest.layout.shards_of(rows))

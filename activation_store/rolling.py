@@ -19,6 +19,7 @@ from activation_store.atomic import json_bytes
 from activation_store.errors import UserError
 from activation_store.layout import StoreLayout
 from activation_store.manifest import COMMITS, MANIFEST, Commit, StoreManifest, commit_name, committed_windows
+from activation_store.places import Place
 from activation_store.progress import human_bytes
 from activation_store.storage import LocalStorage
 from activation_store.windows import WINDOWS
@@ -183,7 +184,7 @@ def _remove_partials(file: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_not_rolling(folder: Path, verb: str) -> None:
+def check_not_rolling(folder: Place, verb: str) -> None:
     """Raises UserError if a store is a rolling one, which `verb` cannot work on."""
     if (folder / ROLLING).is_file():
         raise UserError(

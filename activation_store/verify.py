@@ -1,8 +1,6 @@
 """`layerloom store verify`: whether every byte of a store is as it was committed, and what is damaged if not."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import xxhash
 
@@ -16,10 +14,10 @@ from activation_store.manifest import (
     commit_path,
     committed_windows,
 )
-from activation_store.progress import Progress
+from activation_store.places import Place, place, read_parts
+from activation_store.progress import Progress, human_bytes
+from activation_store.progress import report as report_line
 from activation_store.shards import ShardRecord
-
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,7 @@ class Damage:
     `key` is relative to `folder`; it is the commit itself where that is gone or unreadable. Window -1: the manifest.
     """
 
-    folder: Path
+    folder: Place
     key: str
     window: int
     reason: str
@@ -46,6 +44,11 @@ class VerifyReport:
     bytes: int = 0
     found: list[Damage] = field(default_factory=list)
 
+    def add(self, damage: Damage) -> None:
+        """Names it at once: a large store takes hours."""
+        self.found.append(damage)
+        report_line(f"damaged: {damage}")
+
     @property
     def damaged(self) -> list[str]:
         """The damage as "PATH: REASON" lines."""
@@ -56,53 +59,54 @@ class VerifyReport:
         return not self.found
 
 
-def store_folders(path: Path | str) -> list[Path]:
+def store_folders(path: Place | str) -> list[Place]:
     """The folder of a store, and that of its held-out part if there is one."""
-    held_out = Path(path) / HELD_OUT
-    return [Path(path), held_out] if (held_out / MANIFEST).is_file() else [Path(path)]
+    folder = place(path)
+    held_out = folder / HELD_OUT
+    return [folder, held_out] if (held_out / MANIFEST).is_file() else [folder]
 
 
-def verify_store(path: Path | str) -> VerifyReport:
+def verify_store(path: Place | str) -> VerifyReport:
     """Reads every committed shard, of the held-out store too, and compares it with its commit's checksum.
 
-    Raises UserError if `path` is not a store.
+    One commit is in memory at a time. Raises UserError if `path` is not a store.
     """
     report = VerifyReport()
-    commits = {folder: _commits(folder, report) for folder in store_folders(path)}
-    total = sum(record.bytes for found in commits.values() for commit in found for record in commit.files.values())
-    with Progress("verify", total=total, unit="B") as progress:
-        for folder, window, key, record in _records(commits):
-            report.files += 1
-            report.bytes += record.bytes
-            if reason := shard_damage(folder / key, record):
-                report.found.append(Damage(folder, key, window, reason))
-            progress.advance(record.bytes)
+    windows = {folder: _windows(folder, report) for folder in store_folders(path)}
+    # By windows, each of which is about as large as any other: how large only its commit tells.
+    with Progress("verify", total=sum(map(len, windows.values())), unit="window") as progress:
+        for folder, numbers in windows.items():
+            for window in numbers:
+                if (commit := _commit(folder, window, report)) is not None:
+                    _check_window(folder, commit, report)
+                progress.advance(1, note=f"{human_bytes(report.bytes)} read, {len(report.found)} damaged")
     return report
 
 
-def shard_damage(file: Path, record: ShardRecord) -> str:
+def _check_window(folder: Place, commit: Commit, report: VerifyReport) -> None:
+    for key, record in commit.files.items():
+        report.files += 1
+        report.bytes += record.bytes
+        if reason := shard_damage(folder / key, record):
+            report.add(Damage(folder, key, commit.window, reason))
+
+
+def shard_damage(file: Place, record: ShardRecord) -> str:
     """Why a shard file is not what was committed; "" if it is."""
-    if not file.is_file():
+    digest, size = xxhash.xxh3_64(), 0
+    try:
+        for data in read_parts(file):
+            digest.update(data)
+            size += len(data)
+    except FileNotFoundError:
         return "missing"
-    size = file.stat().st_size
     if size != record.bytes:
         return f"{size} bytes, {record.bytes} were committed"
-    digest = xxhash.xxh3_64()
-    with open(file, "rb") as stream:
-        while data := stream.read(_READ_BYTES):
-            digest.update(data)
     return "" if digest.hexdigest() == record.xxh3_64 else "its checksum differs"
 
 
-def _records(commits: dict[Path, list[Commit]]) -> Iterator[tuple[Path, int, str, ShardRecord]]:
-    for folder, found in commits.items():
-        for commit in found:
-            for key, record in commit.files.items():
-                yield folder, commit.window, key, record
-
-
-def _commits(folder: Path, report: VerifyReport) -> list[Commit]:
-    """The commits that can be read; a manifest or commit that cannot, or a commit that is gone, goes to the report."""
+def _windows(folder: Place, report: VerifyReport) -> list[int]:
+    """The windows whose commits are to be there. A manifest that cannot be read goes to the report."""
     windows = committed_windows(folder)
     try:
         manifest = StoreManifest.load(folder)
@@ -110,14 +114,18 @@ def _commits(folder: Path, report: VerifyReport) -> list[Commit]:
             # A complete store names all its windows, numbered from 0.
             windows = sorted({*windows, *range(len(manifest.blocks))})
     except DamagedRecordError as error:
-        report.found.append(Damage(folder, MANIFEST, -1, error.reason))
-    commits = []
-    for window in windows:
-        path = commit_path(folder, window)
-        try:
-            commits.append(Commit.load(path))
-        except FileNotFoundError:
-            report.found.append(Damage(folder, f"{path.parent.name}/{path.name}", window, "missing"))
-        except DamagedRecordError as error:
-            report.found.append(Damage(folder, f"{path.parent.name}/{path.name}", window, error.reason))
-    return commits
+        report.add(Damage(folder, MANIFEST, -1, error.reason))
+    return windows
+
+
+def _commit(folder: Place, window: int, report: VerifyReport) -> Commit | None:
+    """A commit; one that is gone or cannot be read goes to the report."""
+    path = commit_path(folder, window)
+    try:
+        return Commit.load(path)
+    except FileNotFoundError:
+        reason = "missing"
+    except DamagedRecordError as error:
+        reason = error.reason
+    report.add(Damage(folder, f"{path.parent.name}/{path.name}", window, reason))
+    return None

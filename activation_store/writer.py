@@ -3,8 +3,10 @@
 Letters: N rows, R rows of an inner chunk, L layers, D d_model.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from activation_store.codec import Encoded, decode, from_bits, stored_bits
-from activation_store.errors import UserError
+from activation_store.errors import UserError, os_error_line
 from activation_store.layout import StoreLayout
 from activation_store.manifest import Commit, CommittedDocument, StoreManifest
 from activation_store.places import Place
+from activation_store.progress import human_bytes
 from activation_store.shard_writer import adopt_shard, write_shard
 from activation_store.shards import ShardRecord
 from activation_store.statistics import RowSums, eligible_rows, sum_chunk
@@ -49,16 +52,14 @@ class WindowRows:
     """
 
     def __init__(self, layout: StoreLayout, capacity: int, scratch: str = "") -> None:
-        """Room for `capacity` rows. Raises OSError from the disk of the folder `scratch` (empty: memory)."""
+        """Room for `capacity` rows. Raises UserError if the disk of the folder `scratch` (empty: memory) has none."""
         self.columns: dict[str, np.ndarray[Any, Any]] = {}
         for array in layout.arrays():
             if array.name == "norms":
                 continue
             shape = (capacity, *array.row_shape)
             if scratch and array.per_layer:
-                Path(scratch).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=scratch) as file:
-                    self.columns[array.name] = np.memmap(file, dtype=array.dtype, mode="w+", shape=shape)
+                self.columns[array.name] = _mapped(Path(scratch), array.dtype, shape)
             else:
                 self.columns[array.name] = np.empty(shape, dtype=array.dtype)
         self.filled = 0
@@ -75,6 +76,21 @@ class WindowRows:
         for name, column in self.columns.items():
             column[self.filled : stop] = values[name]
         self.filled = stop
+
+
+def _mapped(folder: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """An array in a file without a name. Its bytes are taken now: a disk that fills later would end the process."""
+    size = prod(shape) * dtype.itemsize
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        raise UserError(
+            f"store.scratch={folder} has no room for a window ({os_error_line(error)}; {human_bytes(size)} more are "
+            "wanted); give another folder, or a smaller store.window_bytes with a new store.path"
+        ) from error
 
 
 class WindowWriter:

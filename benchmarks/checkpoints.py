@@ -37,16 +37,14 @@ class Training:
 
     def __init__(self, shape: Shape) -> None:
         self._made: list[PlainEngine] = []
-        self._models: list[Any] = []
         batch = random_batch(shape, torch.device("cpu"))
         self.step = build_step(MODES["reference"], shape, batch, make_engine=self._engine)
 
     def tensors(self) -> dict[str, State]:
         """By kind, as `Checkpointer.save` takes them."""
-        return {"model": self._models[0].state_dict(), "optimizer": self._made[0].optimizer_tensors()}
+        return {"model": self._made[0].model_state(), "optimizer": self._made[0].optimizer_state()}
 
     def _engine(self, config: Any, model: Any) -> PlainEngine:
-        self._models.append(model)
         self._made.append(PlainEngine(config, model))
         return self._made[-1]
 

@@ -7,7 +7,7 @@ shuffled batches, as a plain numpy memory map in order, and as shuffled blocks t
 threads; from the page cache and cold (`posix_fadvise(DONTNEED)`), as stored and decoded to float32. The memory map is
 copied (or decoded) into memory of 2,048 rows that is used again. Rates are of stored bytes. Kinds alternate; a ratio is
 the median of those of the rounds. Needs the store's size twice in `--folder`, and, to read from the page cache, once in
-memory.
+memory. `--keep DIR --parts ...` measures in several calls.
 """
 
 import argparse
@@ -34,9 +34,11 @@ from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
 from activation_store.windows import WindowRecord
 from activation_store.writer import StoredRows, WindowRows, WindowWriter
+from benchmarks.measure import command, machine
 
 LAYERS, WIDTH, CHUNK_ROWS, SHARD_ROWS = 30, 576, 256, 2_048
 WINDOW_ROWS = 2 * SHARD_ROWS
+PARTS = ("write", "cache", "cold")
 # Stored bytes per second, decoded or not; the second argument is called just before the clock starts.
 Rate = Callable[[bool, Callable[[], None]], float]
 
@@ -247,25 +249,43 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2_048, help="rows of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--zarr-share", type=float, default=0.25, help="share of the store that zarr reads")
-    parser.add_argument("--folder", type=Path, help="where the store is made and removed; default: a temporary folder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--keep", type=Path, help="folder of a store that is made if it is not there, and stays")
+    parser.add_argument("--folder", type=Path, help="where else the store is made and removed; default: temporary")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     n_windows = max(2, round(arguments.gb * 1e9 / (WINDOW_ROWS * begun_manifest().layout.row_bytes)))
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    print(f"    {command('benchmarks.store')}\n\n{machine(torch.device('cpu'))}.\n")
+    folder = arguments.keep or Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        store, write_rate = write_store(folder / "store", n_windows)
+        if "write" in arguments.parts or not (folder / "store").is_dir():
+            write_and_compare(folder, n_windows)
+        store = ActivationStore.open(folder / "store")
         size = store.n_rows * store.layout.row_bytes / 1e9
         print(f"{store.n_rows:,} rows, {size:.1f} GB, {arguments.threads} threads, batches of {arguments.batch} rows\n")
-        plain = plain_write(folder / "plain", n_windows)
-        print(f"writing: {write_rate / 1e9:.2f} GB/s, plain {plain / 1e9:.2f} GB/s, ratio {write_rate / plain:.2f}\n")
         print("| from | values | shuffled GB/s | memory map GB/s | zarr GB/s | of memory map | of zarr |")
         print("|---|---|---|---|---|---|---|")
-        for cold in (False, True):
+        for part in [part for part in arguments.parts if part != "write"]:
             for decoded in (False, True):
-                print(measure(store, arguments, cold=cold, decoded=decoded))
+                print(measure(store, arguments, cold=part == "cold", decoded=decoded))
                 sys.stdout.flush()
     finally:
-        shutil.rmtree(folder)
+        if not arguments.keep:
+            shutil.rmtree(folder)
+
+
+def write_and_compare(folder: Path, n_windows: int) -> None:
+    """Writes the store, and as many bytes plainly before and after."""
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rates = [plain_write(folder / "plain", n_windows)]
+    _, write_rate = write_store(folder / "store", n_windows)
+    rates.append(plain_write(folder / "plain", n_windows))
+    plain = sum(rates) / 2
+    print(
+        f"writing: {write_rate / 1e9:.2f} GB/s; plain {rates[0] / 1e9:.2f} GB/s before and {rates[1] / 1e9:.2f} GB/s "
+        f"after; ratio {write_rate / plain:.2f}\n"
+    )
 
 
 if __name__ == "__main__":

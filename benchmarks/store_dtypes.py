@@ -5,7 +5,8 @@
 
 Harvests a float32 store of the default subject once and re-encodes its rows, in their order, to each dtype; trains a
 run on each store with the same config and seeds, and evaluates it with the subject itself (`layerloom evaluate`), so
-that only what training saw differs. Further words are overrides of the command line's. What is in FOLDER is used again.
+that only what training saw differs. The last row is float32 trained from another `model.seed`: how large a difference
+without a cause is. Further words are overrides of the command line's. What is in FOLDER is used again.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
 from activation_store.windows import WindowRecord
 from activation_store.writer import StoredRows, WindowRows, WindowWriter
+from benchmarks.measure import command, machine, table, write_page
 from launch.compose import compose_config
 from launch.config import LayerloomConfig
 from trainer.evaluation.evaluate import evaluate
@@ -92,25 +94,59 @@ def round_trip_fvu(store: ActivationStore, dtype: StoreDtype) -> dict[str, Tenso
     return {name: residual / total for name, (residual, total) in sums.items()}
 
 
-def trained(config: LayerloomConfig, folder: Path, dtype: StoreDtype) -> dict[str, Any]:
-    """The evaluation of a run on the store of a dtype."""
+def trained(config: LayerloomConfig, folder: Path, dtype: StoreDtype, *, seed: int | None = None) -> dict[str, Any]:
+    """The evaluation of a run on the store of a dtype; of one from another `model.seed`, if given."""
     store = replace(config.store, path=str(folder / "stores" / dtype.value), dtype=dtype)
-    run = replace(config, store=store, run=str(folder / "runs" / dtype.value))
+    name, model = dtype.value, config.model
+    if seed is not None:
+        name, model = f"{name}_seed_{seed}", replace(config.model, seed=seed)
+    run = replace(config, store=store, model=model, run=str(folder / "runs" / name))
     train(run)
     return evaluate(run.run, config.eval, show_table=False)
 
 
-def row(dtype: StoreDtype, store: ActivationStore, fvu: dict[str, Tensor], now: dict, base: dict) -> str:
-    """A row of the table; differences are from float32."""
-    error = [f"{float(fvu[name].mean()):.2e}, {float(fvu[name].max()):.2e}" for name in NAMES]
-    change = f"{now['fvu']:.4f} ({now['fvu'] - base['fvu']:+.4f})"
-    replaced = [
-        f"{now['replacement'][key]:.4f} ({now['replacement'][key] - base['replacement'][key]:+.4f} "
-        f"± {base['replacement'][key + '_se']:.4f})"
-        for key in ("ce_recovered", "kl")
-    ]
+def row(name: str, store: ActivationStore, now: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """Bytes of a token, and what training on them gave; differences are from float32."""
     size = sum(a.row_bytes * a.chunks_abreast for a in store.layout.arrays() if a.name.startswith(NAMES))
-    return f"| {dtype.value} | {size:,} | {' | '.join(error)} | {change} | {' | '.join(replaced)} |"
+    replaced = [
+        f"{now['replacement'][key]:.4f} ({now['replacement'][key] - base['replacement'][key]:+.4f})"
+        for key in ("ce_recovered", "kl", "top1_agreement")
+    ]
+    return [name, f"{size:,}", f"{now['fvu']:.4f} ({now['fvu'] - base['fvu']:+.4f})", *replaced]
+
+
+def page(
+    exact: ActivationStore, rows: list[list[str]], errors: dict[str, dict[str, Tensor]], base: dict[str, Any]
+) -> str:
+    """The results as markdown. `errors`: FVU of the round trip by dtype, array and layer."""
+    header = ["dtype", "bytes per token", "FVU", "CE recovered", "KL", "top-1 agreement"]
+    uncertain = ", ".join(
+        f"{name} {value:.4f}"
+        for name, value in [("FVU", base["fvu_se"])]
+        + [(key, base["replacement"][f"{key}_se"]) for key in ("ce_recovered", "kl", "top1_agreement")]
+    )
+    by_layer = [
+        [f"{dtype}, {name}", *(f"{float(error):.1e}" for error in parts[name])]
+        for dtype, parts in errors.items()
+        for name in NAMES
+    ]
+    return "\n".join(
+        [
+            "# What a storage dtype costs",
+            "",
+            f"    {command('benchmarks.store_dtypes')}",
+            "",
+            f"{machine(torch.device('cpu'))}. {exact!r}; evaluated on {base['tokens']:,} tokens of {base['documents']} "
+            "held-out documents.",
+            f"Standard errors of float32's figures over documents: {uncertain}.",
+            "",
+            table(header, rows),
+            "",
+            "FVU of the round trip (what the dtype alone loses of the rows that training uses), by layer:",
+            "",
+            table(["", *(str(layer) for layer in exact.layers)], by_layer),
+        ]
+    )
 
 
 def main() -> None:
@@ -119,6 +155,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="store.tokens")
     parser.add_argument("--steps", type=int, help="training steps; default: the config's train.tokens")
     parser.add_argument("--dtype", type=StoreDtype, action="append", help="repeatable; default: all")
+    parser.add_argument("--write", help="the page's file; default: printed")
     parser.add_argument("overrides", nargs="*", help="such as store.layer_stop=6")
     arguments = parser.parse_intermixed_args()
     folder = arguments.folder
@@ -132,16 +169,22 @@ def main() -> None:
     harvest(config.subject, config.text, config.store, device=config.device)
     exact = ActivationStore.open(config.store.path)
     base = trained(config, folder, StoreDtype.float32)
-    print(f"{exact!r}\n")
-    print("| dtype | bytes per token | round trip FVU, mlp_in: mean, worst | mlp_out | FVU | CE recovered | KL |")
-    print("|---|---|---|---|---|---|---|")
+    rows: list[list[str]] = []
+    errors: dict[str, dict[str, Tensor]] = {}
     for dtype in arguments.dtype or list(StoreDtype):
         target = folder / "stores" / dtype.value
         for part in (HELD_OUT, "."):
             if (exact.path / part / MANIFEST).exists() and not (target / part / MANIFEST).exists():
                 reencode(exact.path / part, target / part, dtype)
         now = base if dtype is StoreDtype.float32 else trained(config, folder, dtype)
-        print(row(dtype, ActivationStore.open(target), round_trip_fvu(exact, dtype), now, base), flush=True)
+        rows.append(row(dtype.value, ActivationStore.open(target), now, base))
+        errors[dtype.value] = round_trip_fvu(exact, dtype)
+    again = trained(config, folder, StoreDtype.float32, seed=config.model.seed + 1)
+    rows.append(row("float32, another seed", exact, again, base))
+    text = page(exact, rows, errors, base)
+    print(text)
+    if arguments.write:
+        write_page(arguments.write, text)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def compose_node(overrides: Sequence[str], config_dir: Path | None = None, *, ve
     if several and verb != "sweep":
         word = several[0].input_line
         raise UserError(f"{word}: several values make a sweep; give one, or run: layerloom sweep {word}")
-    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    single = [_word(override) for override in parsed if not override.is_sweep_override()]
     register_schema()
     try:
         with initialize_config_module(CONF_PACKAGE, version_base=VERSION_BASE):
@@ -130,7 +130,18 @@ def _check_option(override: Override, names: list[str]) -> None:
 
 
 def _is_key(key: str) -> bool:
-    return key in knobs() or key.startswith("sweep.params")
+    return key in knobs() or key.startswith("sweep.params") or _is_free(key)
+
+
+def _is_free(key: str) -> bool:
+    """Whether it is a knob with keys of its own that Layerloom does not know, or one of these."""
+    knob = next((knob for knob in knobs().values() if key == knob.key or key.startswith(f"{knob.key}.")), None)
+    return knob is not None and isinstance(knob.default, dict) and knob.group != "sweep"
+
+
+def _word(override: Override) -> str:
+    """As Hydra wants it: keys that no dataclass has must be added."""
+    return f"++{override.input_line}" if _is_free(override.key_or_group) else str(override.input_line)
 
 
 def _one_line(error: Exception) -> str:

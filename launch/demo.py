@@ -17,6 +17,7 @@ from activation_store.errors import UserError
 from activation_store.gguf import convert_gguf
 from activation_store.harvest import harvest
 from activation_store.packages import resolve_package_path
+from activation_store.places import stored_bytes
 from activation_store.progress import human_bytes, human_seconds, report
 from activation_store.store import ActivationStore
 from activation_store.subject import SubjectInfo, cache_folder
@@ -114,7 +115,7 @@ def _conclude(config: LayerloomConfig, usages: list[StageUsage], *, published: b
     lines = ["", "== result ==", format_table(read_json(folder.evaluation_file), first_layer=store.layers[0]), ""]
     lines += [f"{'stage':<10}{'time':>14}{'peak memory':>14}"]
     lines += [f"{u.name:<10}{human_seconds(u.seconds):>14}{human_bytes(u.peak_bytes):>14}" for u in usages]
-    lines += ["", f"store      {store.path} ({human_bytes(_folder_bytes(Path(str(store.path))))})"]
+    lines += ["", f"store      {store.path} ({human_bytes(stored_bytes(store.path))})"]
     lines += [f"run        {config.run}", f"picture    {folder.plots / 'summary.png'}"]
     if published:
         lines += [f"published  {config.output}", "", "next:", f"  {next_command(config)}"]
@@ -148,7 +149,3 @@ def _command(name: str) -> str:
     if shutil.which(name) or not beside.exists():
         return name
     return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -7,7 +7,6 @@ from typing import Any
 
 from activation_store.config import SourceKind
 from activation_store.errors import UserError
-from activation_store.object_storage import is_url
 from launch.arguments import Arguments
 from launch.compose import parse_overrides
 from launch.config import LayerloomConfig
@@ -113,17 +112,14 @@ def publish(config: LayerloomConfig, arguments: Arguments) -> int:
 
 def store(config: LayerloomConfig, arguments: Arguments) -> int:
     """`layerloom store info | verify | repair | merge | remove`."""
+    from activation_store.places import store_place
     from launch import stores
 
     keys = {str(word.key_or_group) for word in parse_overrides(arguments.overrides)}
     if arguments.action == "remove" and not (arguments.folders or "store.path" in keys):
         raise UserError("store remove wants the folder to delete: layerloom store remove FOLDER")
     names = arguments.folders or (config.store.path,)
-    if url := next((name for name in names if is_url(name)), None):
-        raise UserError(
-            f"store {arguments.action} works on local folders, not on {url}; copy the store to a disk first"
-        )
-    folders = [Path(name) for name in names]
+    folders = [store_place(config.store, name) for name in names]
     return getattr(stores, arguments.action)(config, folders, keys)  # type: ignore[no-any-return]
 
 

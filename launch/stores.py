@@ -1,11 +1,10 @@
 """What each action of `layerloom store` does; `keys` are those that the command line gave."""
 
-from pathlib import Path
-
+from activation_store.places import Place, store_place
 from launch.config import LayerloomConfig
 
 
-def info(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
+def info(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store info FOLDER`."""
     from activation_store.info import store_info
 
@@ -13,7 +12,7 @@ def info(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
     return 0
 
 
-def verify(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
+def verify(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store verify FOLDER`: 1 if anything is damaged."""
     from activation_store.progress import human_bytes
     from activation_store.verify import verify_store
@@ -26,7 +25,7 @@ def verify(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
     return 0 if found.ok else 1
 
 
-def repair(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
+def repair(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store repair FOLDER`: 1 if shards are not the bytes that they were (other hardware or versions)."""
     from activation_store.repair import Places, repair_store
     from launch.stages import quiet_libraries
@@ -36,6 +35,7 @@ def repair(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
         subject=config.subject.path if "subject.path" in keys else "",
         text=config.text.path if "text.path" in keys else "",
         cache_dir=config.subject.cache_dir,
+        reach=config.store,
     )
     summary = repair_store(folders[0], places, device=config.device)
     for shard in summary.changed:
@@ -45,15 +45,16 @@ def repair(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
     return 1 if summary.changed else 0
 
 
-def merge(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
+def merge(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store merge FOLDER FOLDER ... output=FOLDER`."""
     from activation_store.merge import merge_line, merge_stores
 
-    print(merge_line(merge_stores(folders, Path(config.output)), Path(config.output)))
+    output = store_place(config.store, config.output)
+    print(merge_line(merge_stores(folders, output), output))
     return 0
 
 
-def remove(config: LayerloomConfig, folders: list[Path], keys: set[str]) -> int:
+def remove(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store remove FOLDER confirm=true`: 1 if nothing was deleted for want of `confirm`."""
     from activation_store.remove import remove_store
 

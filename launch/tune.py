@@ -2,6 +2,7 @@
 
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
+from activation_store.places import store_place
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from launch.config import LayerloomConfig
@@ -42,7 +43,7 @@ def _shape(config: LayerloomConfig) -> tuple[int, int]:
     if config.tune.n_layers:
         return config.tune.n_layers, config.tune.d_model
     try:
-        store = ActivationStore.open(config.store.path)
+        store = ActivationStore.open(store_place(config.store))
     except UserError as error:
         raise UserError(
             f"{error}; or give the shape without a store: tune.n_layers=30 tune.d_model=576 (for example)"

@@ -69,7 +69,14 @@ class RollingSource:
         check_same(self._folder, sample)
 
     def batches(
-        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+        self,
+        position: int,
+        state: Mapping[str, Any],
+        *,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        decoded: bool = True,
     ) -> RollingBatches:
         config, children, resources = self.config, [], ExitStack()
         budget = self._budget()

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from activation_store.compare import config_differences
 from activation_store.errors import UserError
+from activation_store.manifest import FREE_STORE
+from activation_store.places import store_place
 from activation_store.store import ActivationStore
 from trainer.config import RunConfig
 
 # What may differ between a run's config and its store's: places and labels, and how many contexts went through at once.
 _FREE_TEXT = ("path", "license")
-_FREE_STORE = ("path", "batch_contexts", "scratch", "claim_seconds")
+_FREE_STORE = (*FREE_STORE, "batch_contexts")
 
 
 def open_training_store(config: RunConfig) -> ActivationStore:
@@ -30,7 +32,7 @@ def open_training_store(config: RunConfig) -> ActivationStore:
     Raises UserError: no store, half written, of another subject, text or store config, or too few rows.
     """
     store = open_matching_store(config)
-    used = int(store.used_rows().sum())
+    used = store.used.count
     if used < config.train.batch_size_tokens:
         raise UserError(
             f"store {store.path} has {used} rows to train on, fewer than one batch of "
@@ -44,7 +46,7 @@ def open_matching_store(config: RunConfig) -> ActivationStore:
 
     A path that differs is looked up, and what it leads to compared by fingerprint. Raises UserError.
     """
-    store = ActivationStore.open(config.store.path)
+    store = ActivationStore.open(store_place(config.store))
     manifest = store.manifest
     _check_subject(config, store)
     asked = harvest_settings(config)
@@ -115,10 +117,10 @@ class CalibrationRows:
 
     def __iter__(self) -> Iterator[Tensor]:
         left, pool = self.n_rows, torch.empty(0, self.store.n_layers, self.store.d_model)
-        used_rows = torch.from_numpy(self.store.used_rows())
         for start in self._starts():
             stop = min(start + self.store.layout.chunk_rows, self.store.n_rows)
-            pool = torch.cat([pool, self.store[start:stop].mlp_in[used_rows[start:stop]]])
+            used_rows = torch.from_numpy(self.store.used_rows(start, stop))
+            pool = torch.cat([pool, self.store[start:stop].mlp_in[used_rows]])
             while min(left, len(pool)) >= self.batch_rows:
                 yield pool[: self.batch_rows].to(self.device)
                 pool, left = pool[self.batch_rows :], left - self.batch_rows
@@ -129,7 +131,7 @@ class CalibrationRows:
         """First rows of the chunks to read: every chunk of a batch, then those of the next one."""
         chunk_rows = self.store.layout.chunk_rows
         n_chunks = -(-self.store.n_rows // chunk_rows)
-        used_share = int(self.store.used_rows().sum()) / self.store.n_rows
+        used_share = self.store.used.count / self.store.n_rows
         # One more, for the used rows are not spread evenly.
         n_read = min(n_chunks, math.ceil(self.n_rows / (chunk_rows * used_share)) + 1)
         chunks = np.linspace(0, n_chunks - 1, n_read).round().astype(np.int64)
@@ -142,10 +144,9 @@ def held_out_batches(
     store: ActivationStore, *, batch_rows: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """mlp_in and mlp_out (B, L, D) of the rows that training would use, in order."""
-    used_rows = torch.from_numpy(store.used_rows())
     for start in range(0, store.n_rows, batch_rows):
         stop = min(start + batch_rows, store.n_rows)
-        rows, mask = store[start:stop], used_rows[start:stop]
+        rows, mask = store[start:stop], torch.from_numpy(store.used_rows(start, stop))
         if mask.any():
             yield rows.mlp_in[mask].to(device), rows.mlp_out[mask].to(device)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from activation_store.config import SourceKind
+from activation_store.places import Place, store_place
 from activation_store.store import ActivationStore
 from trainer.config import RunConfig
 from trainer.rows import open_matching_store
@@ -30,9 +31,9 @@ def harvest_sample(config: RunConfig) -> ActivationStore:
     return open_matching_store(sample)
 
 
-def reference_path(config: RunConfig, run: Path | str) -> str:
+def reference_path(config: RunConfig, run: Path | str) -> Place:
     """Where the store lies that has statistics and held-out rows of the run in folder `run`."""
-    return config.store.path if config.source.kind is SourceKind.disk else str(RunFolder(run).sample)
+    return store_place(config.store) if config.source.kind is SourceKind.disk else RunFolder(run).sample
 
 
 def batch_rows(config: RunConfig) -> int:

@@ -72,9 +72,19 @@ class Source(Protocol):
         """Makes what must be there before training. The run folder exists and is locked. Raises UserError."""
 
     def batches(
-        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+        self,
+        position: int,
+        state: Mapping[str, Any],
+        *,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        decoded: bool = True,
     ) -> Batches:
-        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start)."""
+        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start).
+
+        decoded=False: as they are stored will do, where a source has them so.
+        """
 
     def checkpointed(self, position: int) -> None:
         """A checkpoint at `position` is durable: rows of batches before it will not be asked for again.
@@ -125,7 +135,14 @@ class DiskSource:
         """Everything is there."""
 
     def batches(
-        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+        self,
+        position: int,
+        state: Mapping[str, Any],
+        *,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        decoded: bool = True,
     ) -> ShuffledBatches:
         source = self.config.source
         return ShuffledBatches(
@@ -140,6 +157,7 @@ class DiskSource:
             start_batch=position,
             prefetch_bytes=source.prefetch_bytes,
             threads=source.threads,
+            decoded=decoded,
             device=device,
         )
 
@@ -166,7 +184,7 @@ class LiveSource:
         self.d_model = info.d_model
         layout = StoreLayout(self.n_layers, self.d_model, store.dtype, store.chunk_rows, store.shard_rows)
         unit_rows = store.batch_contexts * self.config.text.context_length
-        share = batch_rows(self.config) // self.config.parallel.data
+        share = batch_rows(self.config) // (self.config.parallel.data * self.config.parallel.feature)
         ring_layout(layout, self.config.source, unit_rows=unit_rows, share=share)
 
     @property
@@ -187,7 +205,14 @@ class LiveSource:
         self._sample = harvest_sample(self.config)
 
     def batches(
-        self, position: int, state: Mapping[str, Any], *, device: torch.device, rank: int = 0, ranks: int = 1
+        self,
+        position: int,
+        state: Mapping[str, Any],
+        *,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        decoded: bool = True,
     ) -> Batches:
         from activation_store.live import LiveActivations, LiveText
 

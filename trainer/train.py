@@ -310,6 +310,8 @@ class _Run:
                 device=self.device,
                 rank=self.mesh.rank,
                 ranks=self.mesh.size,
+                # What travels is what is stored, which is mostly half of what it becomes.
+                decoded=self.mesh.feature.size == 1,
             )
         if self.mesh.size == 1:
             return source

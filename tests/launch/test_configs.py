@@ -165,3 +165,11 @@ def test_another_path_drops_the_labels_of_the_option(tmp_path: Path) -> None:
     (tmp_path / "preset/mine.yaml").write_text("# @package _global_\nsubject:\n  path: a/b\n  license: apache-2.0\n")
     mine = compose_config(["preset=mine"], tmp_path).subject
     assert (mine.path, mine.license, mine.base_model) == ("a/b", "apache-2.0", "")
+
+
+def test_options_of_an_object_store_have_keys_of_their_own() -> None:
+    words = ["store.remote_options={endpoint: 'http://127.0.0.1:9000'}", "store.remote_options.region=eu-west-1"]
+    config = compose_config(words, verb="train")
+    assert config.store.remote_options == {"endpoint": "http://127.0.0.1:9000", "region": "eu-west-1"}
+    with pytest.raises(UserError, match=r"there is no key or group store.remote_optoins.x"):
+        compose_config(["store.remote_optoins.x=1"], verb="train")

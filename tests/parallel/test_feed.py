@@ -38,6 +38,11 @@ def _fed(
             given.append((batch.mlp_in.clone(), batch.mlp_out.clone(), feed.position, feed.epochs))
             # One rank is slower than the others: they must not run away, nor hang when all stop.
             time.sleep(0.02 if mesh.rank == mesh.size - 1 else 0)
+    # Two microbatches ahead; stored as float16, decoded to float32. docs/parallel.md has the formula.
+    rows, itemsize = _TOKENS // data, 4 if decoded else 2
+    columns = 16 / feature if by_columns else 16
+    expected = (count + 2) * rows * (feature - 1) / feature * 3 * (16 + columns) * itemsize
+    assert feed._spread.received == expected
     return given
 
 

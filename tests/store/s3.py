@@ -55,6 +55,31 @@ class Proxy:
     most_at_once: int = 0
     endpoint: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    handler: type[BaseHTTPRequestHandler] = BaseHTTPRequestHandler
+    _port: int = 0
+    _server: ThreadingHTTPServer | None = None
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Listens, where it listened before."""
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self.handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_port
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Nobody listens any more: connections are refused. Those that are open are dropped at their next request."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None
+
+    def away(self) -> bool:
+        """Whether nobody listens."""
+        return self._server is None
 
 
 @contextmanager
@@ -80,17 +105,12 @@ def proxy_to(endpoint: str) -> Iterator[Proxy]:
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    proxy.endpoint = f"http://127.0.0.1:{server.server_port}"
+    proxy.handler = Handler
+    proxy.start()
     try:
         yield proxy
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        proxy.stop()
 
 
 def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> None:
@@ -102,7 +122,7 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> No
         proxy.most_at_once = max(proxy.most_at_once, proxy.at_once)
     try:
         time.sleep(proxy.delay)
-        fault = proxy.fault(handler.command, number)
+        fault = "drop" if proxy.away() else proxy.fault(handler.command, number)
         with proxy.lock:
             proxy.faults += bool(fault)
         if fault == "503":

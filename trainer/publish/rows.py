@@ -1,13 +1,13 @@
 """Held-out activations on which a published folder is compared with the run."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
 from activation_store.manifest import MANIFEST
+from activation_store.places import Place
 from activation_store.store import ActivationStore
 
 _BLOCKS = 8
@@ -22,9 +22,9 @@ class VerificationRows:
     source: str
 
 
-def open_run_store(path: Path | str) -> ActivationStore:
+def open_run_store(path: Place) -> ActivationStore:
     """The store that a run was trained on. Raises UserError when it is gone, or half written."""
-    if not (Path(path) / MANIFEST).is_file():
+    if not (path / MANIFEST).is_file():
         raise UserError(
             f"the run's store {path} is not there, and publishing checks the written weights on its held-out rows; put "
             "it back, or harvest it again with the run's config"

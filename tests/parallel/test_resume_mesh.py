@@ -1,0 +1,66 @@
+"""A run that is killed on a mesh and continued: on the same mesh the same bits, on any other the same run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel import resume_cases as cases
+from tests.parallel.processes import Processes
+from tests.training.runs import ACTIVATIONS, assert_same_bits, checkpoint_tensors, records, tiny_run
+from trainer.checkpoint import Checkpointer
+from trainer.config import RunConfig
+
+_EVERY_STEP = {"train.log_every": 1}
+
+
+def _mesh(data: int, feature: int) -> dict[str, Any]:
+    return {"parallel.data": data, "parallel.feature": feature}
+
+
+@pytest.mark.parametrize(("mesh", "activation"), [((4, 1), "batchtopk"), ((2, 2), "jumprelu")], ids=["data4", "2x2"])
+def test_on_the_same_mesh_the_bits_are_the_same(
+    tiny_store: RunConfig, four_ranks: Processes, tmp_path: Path, mesh: tuple[int, int], activation: str
+) -> None:
+    overrides = {**ACTIVATIONS[activation], **_EVERY_STEP, **_mesh(*mesh)}
+    whole = tiny_run(tiny_store, tmp_path / "whole", overrides)
+    assert four_ranks.run(cases.resumed, whole) == [None] * 4
+    again = tiny_run(tiny_store, tmp_path / "again", overrides)
+    four_ranks.run(cases.train_until, again, 8)
+    assert four_ranks.run(cases.resumed, again) == [5] * 4
+    assert_same_bits(checkpoint_tensors(again.run), checkpoint_tensors(whole.run))
+    assert records(again.run) == records(whole.run)
+
+
+def test_any_mesh_continues_the_run_of_any_other(tiny_store: RunConfig, four_ranks: Processes, tmp_path: Path) -> None:
+    """In float64, where meshes differ by rounding alone."""
+    overrides = {**ACTIVATIONS["topk_all_layers"], **_EVERY_STEP}
+    whole = tiny_run(tiny_store, tmp_path / "whole", {**overrides, **_mesh(2, 2)})
+    four_ranks.run(cases.in_double, cases.resumed, whole)
+    killed = tiny_run(tiny_store, tmp_path / "killed", {**overrides, **_mesh(2, 2)})
+    four_ranks.run(cases.in_double, cases.train_until, killed, 8)
+    for data, feature in ((1, 4), (4, 1), (1, 1)):
+        run = Path(shutil.copytree(killed.run, tmp_path / f"{data}x{feature}"))
+        config = tiny_run(tiny_store, run, {**overrides, **_mesh(data, feature)})
+        if data * feature == 1:
+            assert cases.in_double(cases.resumed, config) == 5
+        else:
+            assert four_ranks.run(cases.in_double, cases.resumed, config) == [5] * 4
+        _same_run(config, whole)
+
+
+def _same_run(found: RunConfig, wanted: RunConfig) -> None:
+    losses = [[line["loss"] for line in records(each.run) if "loss" in line] for each in (found, wanted)]
+    assert len(losses[1]) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    tensors, expected = (checkpoint_tensors(each.run) for each in (found, wanted))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith("W_dec"):
+            assert tensors[name] == pytest.approx(tensor, rel=1e-7, abs=1e-9), name
+    newest = [Checkpointer(each.run).newest_good() for each in (found, wanted)]
+    assert newest[0] is not None
+    assert newest[1] is not None
+    assert newest[0].state["data"] == newest[1].state["data"]
+    assert newest[0].state["written_by"]["data"] == found.parallel.data
