@@ -5,7 +5,7 @@
 Letters: B tokens of a rank's batch, L layers, D d_model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -20,9 +20,10 @@ from activation_store.errors import UserError
 from activation_store.harvesters import Harvester
 from activation_store.layout import StoreLayout
 from activation_store.live_harvest import HarvesterJob
-from activation_store.mixing import Mixer, PoolMixer, RandomMixer, places_of
+from activation_store.mixing import Mixer, PoolMixer, RandomMixer, begin
 from activation_store.progress import human_bytes, report
 from activation_store.ring import IntRows, Ring, RingLayout, row_bytes
+from activation_store.share import TextPlace
 from activation_store.store import ActivationStore
 
 
@@ -40,8 +41,9 @@ class LiveActivations(BackgroundBatches):
     """Infinite iterator over rank `rank`'s share of the global batches n = start_batch, start_batch + 1, ...
 
     Each rank harvests blocks of the text that no other does. With `source.deterministic` batch n is a function of
-    (seed, n, rank) for a given text, subject, ring and number of harvesters and ranks; else of timing, too. `state` is
-    what `state()` was at `start_batch`. Raises UserError for a ring that is too small.
+    (seed, n, rank) for a given text, subject, ring and number of harvesters and ranks; else of timing. `states` are
+    what the ranks' `state()` were at `start_batch`. Raises UserError for a ring that is too small, and for states of
+    another number of harvesters where that decides.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class LiveActivations(BackgroundBatches):
         rank: int = 0,
         ranks: int = 1,
         start_batch: int = 0,
-        state: Mapping[str, Any] | None = None,
+        states: Sequence[Mapping[str, Any]] = (),
         device: torch.device | None = None,
     ) -> None:
         sample, count = live.sample, max(1, source.harvesters)
@@ -65,11 +67,10 @@ class LiveActivations(BackgroundBatches):
             decoded=True,
             device=device,
         )
-        state = state or {}
         unit_rows = live.store.batch_contexts * live.text.context_length
         layout = ring_layout(sample.layout, source, unit_rows=unit_rows, share=self._shape.share)
         shares = [rank * count + number for number in range(count)]
-        self._places = places_of(state, shares)
+        self._places, state = begin(states, rank=rank, ranks=ranks, harvesters=count, exact=source.deterministic)
         self._mixer: Mixer
         if source.deterministic:
             units = max(1, layout.part_rows // 2 // unit_rows)
@@ -86,7 +87,14 @@ class LiveActivations(BackgroundBatches):
         try:
             for part, share in enumerate(shares):
                 job = _job(
-                    live, source, layout, part=part, share=share, shares=ranks * count, device=device, state=state
+                    live,
+                    source,
+                    layout,
+                    part=part,
+                    share=share,
+                    shares=ranks * count,
+                    device=device,
+                    start=self._places[part],
                 )
                 self.harvesters.append(Harvester(job, self._ring, own_process=source.harvesters > 0))
         except BaseException:
@@ -203,7 +211,7 @@ def _job(
     share: int,
     shares: int,
     device: torch.device | None,
-    state: Mapping[str, Any],
+    start: TextPlace,
 ) -> HarvesterJob:
     manifest, statistics = live.sample.manifest, live.sample.statistics()
     devices = source.harvester_devices or [str(device or "cpu")]
@@ -217,7 +225,7 @@ def _job(
         shares=shares,
         part=part,
         layout=layout,
-        start=places_of(state, [])[part] if state else None,
+        start=start,
         norm_means_L2=torch.stack([statistics.input_norm_mean_L, statistics.output_norm_mean_L], dim=1).numpy(),
         outlier_factor=manifest.outlier_factor,
         special_token_ids=tuple(manifest.special_token_ids),

@@ -41,7 +41,7 @@ class HarvesterJob:
     shares: int
     part: int
     layout: RingLayout
-    start: TextPlace | None
+    start: TextPlace
     # What says which rows training uses.
     norm_means_L2: np.ndarray[Any, Any]
     outlier_factor: float

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from activation_store.errors import UserError
 from activation_store.live_harvest import Filled
 from activation_store.ring import IntRows
 from activation_store.share import TextPlace
@@ -100,8 +101,26 @@ class PoolMixer:
         return {"places": places, "pool": self._pool, "drawn": self._drawn}
 
 
-def places_of(state: Mapping[str, Any], shares: Sequence[int]) -> list[TextPlace]:
-    """Where the harvesters of these shares of the text begin: where `state` says, or at the start."""
-    if not state:
-        return [TextPlace(0, share, 0) for share in shares]
-    return [TextPlace(*place) for place in state["places"]]
+def begin(
+    states: Sequence[Mapping[str, Any]], *, rank: int, ranks: int, harvesters: int, exact: bool
+) -> tuple[list[TextPlace], Mapping[str, Any]]:
+    """Where a rank's harvesters begin, and its mixer's state: as all ranks' `states` say, or at the start of the text.
+
+    States of another number of ranks or harvesters have no such places: `exact` refuses them (UserError), otherwise
+    all begin at the lowest place.
+    """
+    shares = range(rank * harvesters, (rank + 1) * harvesters)
+    if not states:
+        return [TextPlace(0, share, 0) for share in shares], {}
+    there = [TextPlace(*place) for state in states for place in state["places"]]
+    if len(states) == ranks and len(there) == ranks * harvesters:
+        return [TextPlace(*place) for place in states[rank]["places"]], states[rank]
+    if exact:
+        raise UserError(
+            f"the checkpoint is of {len(states)} ranks and {len(there)} harvesters in all, not {ranks} and "
+            f"{ranks * harvesters}: source.deterministic=true resumes with the same numbers, or use "
+            "source.deterministic=false and another run folder"
+        )
+    lowest = min(there)
+    first = lowest.block - lowest.block % (ranks * harvesters)
+    return [TextPlace(lowest.epoch, first + share, 0) for share in shares], {}

@@ -73,7 +73,8 @@ class RollingBatches(BackgroundBatches):
         self._resources = resources or ExitStack()
         self._state = dict(state or {"group": 0, "start": 0, "epoch": 0})
         self._saved = self._taking = start_batch
-        # Of the groups whose rows training may not be past.
+        # The group in which a batch begins, and the first shard of a group: of those that training may not be past.
+        self._group_at = {start_batch: int(self._state["group"])}
         self._first_shards: dict[int, int] = {}
         self._groups = Groups(
             self._load, folder.folder, sample.layout, first=self._state["group"], start=self._state["start"]
@@ -107,12 +108,14 @@ class RollingBatches(BackgroundBatches):
         return float(self._state["epoch"])
 
     def checkpointed(self, position: int) -> None:
-        """A checkpoint at `position`, where training is, is durable: frees the windows that are wholly before."""
-        assert position == self._position
-        self._saved = position
-        group = self._state["group"]
+        """A checkpoint at `position`, where training is or was, is durable: frees the windows wholly before."""
+        self._saved, group = position, self._group_at[position]
+        # In place: the reader's thread adds to them.
+        for at in [at for at in list(self._group_at) if at < position]:
+            del self._group_at[at]
         self._assembler.forget(self._first_shards[group])
-        self._first_shards = {number: shard for number, shard in self._first_shards.items() if number >= group}
+        for number in [number for number in list(self._first_shards) if number < group]:
+            del self._first_shards[number]
         if self._rank == 0:
             self._folder.free(group * self._mixed)
 
@@ -135,6 +138,7 @@ class RollingBatches(BackgroundBatches):
         stored = self._assembler.take(number)
         group = self._groups.begun((number + 1) * self._shape.batch_rows)
         assert group is not None
+        self._group_at[number + 1] = group.number
         return stored, {"group": group.number, "start": group.start, "epoch": group.epoch}
 
     def _load(self, number: int, start: int) -> Group:

@@ -29,14 +29,14 @@ class TextUnit:
 
 
 def share_of_text(
-    part: Part, subject: Subject, *, share: int, shares: int, start: TextPlace | None, contexts: int
+    part: Part, subject: Subject, *, share: int, shares: int, start: TextPlace, contexts: int
 ) -> Iterator[TextUnit]:
     """Units of at most `contexts` contexts, without end: blocks share, share + shares, ... of `part`'s text, again and
     again. What comes from `start` on is a function of it and of the text. Raises UserError for a text so short that
     nothing of it is this share.
     """
     blocks = Blocks(part, subject)
-    place, empty = start or TextPlace(0, share, 0), start is None
+    place, empty = start, False
     while True:
         found = blocks.get(place.block)
         if found is None:

@@ -1,7 +1,7 @@
 """`source=rolling`: a store that harvests fill while training reads it and frees what checkpoints are past."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ class RollingSource:
     _plan: HarvestPlan = field(init=False)
     _folder: RollingFolder = field(init=False)
     _sample: ActivationStore | None = field(init=False, default=None)
+    _resources: ExitStack = field(init=False, default_factory=ExitStack)
     _batches: RollingBatches | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -59,46 +60,45 @@ class RollingSource:
     def path(self) -> str:
         return f"the sample in {RunFolder(self.config.run).sample}"
 
-    def prepare(self) -> None:
+    def prepare(self, states: Sequence[Mapping[str, Any]], *, first: bool = True) -> None:
         """Harvests the sample, or finds it there; it tells how many rows of a window are trained on, and so what must
-        fit in the budget.
+        fit in the budget. The first rank begins the store where training begins.
         """
         sample = self._sample = harvest_sample(self.config)
         contexts = sum(commit.contexts for commit in read_commits(sample.path))
         self._check_budget(_FEWER * self._plan.window_contexts * sample.statistics().count / contexts)
         check_same(self._folder, sample)
+        if first:
+            self._resources.enter_context(self._folder.locked())
+            group = states[0]["group"] if states else 0
+            self._folder.begin(group * self.config.source.mixed_windows, self._budget().windows)
 
     def batches(
         self,
         position: int,
-        state: Mapping[str, Any],
+        states: Sequence[Mapping[str, Any]],
         *,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
         decoded: bool = True,
     ) -> RollingBatches:
-        config, children, resources = self.config, [], ExitStack()
-        budget = self._budget()
-        with resources:
-            if rank == 0:
-                resources.enter_context(self._folder.locked())
-                self._folder.begin(state.get("group", 0) * config.source.mixed_windows, budget.windows)
-                children = [self._harvester(number) for number in range(config.source.harvesters)]
-            self._batches = RollingBatches(
-                self._folder,
-                self.reference,
-                config.source,
-                budget,
-                batch_size_tokens=batch_rows(config),
-                rank=rank,
-                ranks=ranks,
-                start_batch=position,
-                state=state,
-                device=device,
-                children=children,
-                resources=resources.pop_all(),
-            )
+        config, n_children = self.config, self.config.source.harvesters if rank == 0 else 0
+        self._batches = RollingBatches(
+            self._folder,
+            self.reference,
+            config.source,
+            self._budget(),
+            batch_size_tokens=batch_rows(config),
+            rank=rank,
+            ranks=ranks,
+            start_batch=position,
+            # All ranks' are the same.
+            state=states[0] if states else None,
+            device=device,
+            children=[self._harvester(number) for number in range(n_children)],
+            resources=self._resources,
+        )
         return self._batches
 
     def checkpointed(self, position: int) -> None:

@@ -6,7 +6,7 @@ must be there before training; `reference` is a store of rows for statistics, he
 may go.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -68,20 +68,23 @@ class Source(Protocol):
     def path(self) -> str:
         """What to call it in an error: its setting and value."""
 
-    def prepare(self) -> None:
-        """Makes what must be there before training. The run folder exists and is locked. Raises UserError."""
+    def prepare(self, states: Sequence[Mapping[str, Any]], *, first: bool = True) -> None:
+        """Makes what must be there before training, or (not `first`) finds it. The run folder exists and is locked.
+
+        `states`: as of `batches`. Raises UserError.
+        """
 
     def batches(
         self,
         position: int,
-        state: Mapping[str, Any],
+        states: Sequence[Mapping[str, Any]],
         *,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
         decoded: bool = True,
     ) -> Batches:
-        """Batches from `position` on; `state` is that of the checkpoint there ({} at the start).
+        """Batches from `position` on; `states`: of all ranks' batches at the checkpoint there ([] at the start).
 
         decoded=False: as they are stored will do, where a source has them so.
         """
@@ -131,13 +134,13 @@ class DiskSource:
     def path(self) -> str:
         return f"store.path={self.config.store.path}"
 
-    def prepare(self) -> None:
+    def prepare(self, states: Sequence[Mapping[str, Any]], *, first: bool = True) -> None:
         """Everything is there."""
 
     def batches(
         self,
         position: int,
-        state: Mapping[str, Any],
+        states: Sequence[Mapping[str, Any]],
         *,
         device: torch.device,
         rank: int = 0,
@@ -200,14 +203,14 @@ class LiveSource:
     def path(self) -> str:
         return f"the sample in {RunFolder(self.config.run).sample}"
 
-    def prepare(self) -> None:
+    def prepare(self, states: Sequence[Mapping[str, Any]], *, first: bool = True) -> None:
         """Harvests the sample, or finds it there."""
         self._sample = harvest_sample(self.config)
 
     def batches(
         self,
         position: int,
-        state: Mapping[str, Any],
+        states: Sequence[Mapping[str, Any]],
         *,
         device: torch.device,
         rank: int = 0,
@@ -224,7 +227,7 @@ class LiveSource:
             rank=rank,
             ranks=ranks,
             start_batch=position,
-            state=state,
+            states=states,
             device=device,
         )
 

@@ -9,7 +9,7 @@ holds, so that a run which is killed and resumed ends with the same bits (docs/t
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +138,8 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
             if mesh.size > 1:
                 report(f"train: {_mesh_line(mesh, config, split)}")
             report(f"train: {kernels.line}")
-            _prepare(source, mesh, agreement)
+            states = [] if checkpoint is None else checkpoint.state["data"].get("source", [])
+            _prepare(source, states, mesh, agreement)
             _Run(
                 config,
                 mesh=mesh,
@@ -166,12 +167,12 @@ def _mesh_line(mesh: Mesh, config: RunConfig, split: SplitChoice) -> str:
     return f"{mesh.size} processes, {sizes}; engine {config.engine.kind}{decoders}"
 
 
-def _prepare(source: Source, mesh: Mesh, agreement: Agreement) -> None:
+def _prepare(source: Source, states: Sequence[Mapping[str, Any]], mesh: Mesh, agreement: Agreement) -> None:
     """First on rank 0, which makes what is missing, then on the others, which find it."""
     for turn in (True, False):
         with agreement.together():
             if mesh.is_first is turn:
-                source.prepare()
+                source.prepare(states, first=mesh.is_first)
 
 
 def last_metrics(folder: RunFolder) -> dict[str, Any]:
@@ -207,7 +208,7 @@ class _Run:
         self.microbatch = config.train.microbatch_tokens or self.batch_tokens
         self.microbatches_per_step = self.batch_tokens // self.microbatch
         self.dead_after_tokens = dead_after_tokens(config)
-        self.source_state: dict[str, Any] = {}
+        self.source_states: Sequence[Mapping[str, Any]] = []
         self.calibrated_step: int | None = None
         seed_everything(config.model.seed)
         self.model = self._build()
@@ -306,7 +307,7 @@ class _Run:
         with self.agreement.together():
             source = self.source.batches(
                 step * self.microbatches_per_step,
-                self.source_state,
+                self.source_states,
                 device=self.device,
                 rank=self.mesh.rank,
                 ranks=self.mesh.size,
@@ -390,7 +391,7 @@ class _Run:
             "data": {
                 "next_microbatch": step * self.microbatches_per_step,
                 "store": self.source.identity,
-                "source": batches.state(),
+                "source": self.agreement.gather(batches.state()),
             },
             "subject": self.store.manifest.subject,
             "layers": list(self.store.layers),
@@ -420,7 +421,7 @@ class _Run:
                 f"{self.source.path} is not the store that run={self.folder.path} was trained on "
                 f"until step {checkpoint.step}; give that store, or train.fresh=true to start over"
             )
-        self.source_state = state["data"].get("source", {})
+        self.source_states = state["data"].get("source", [])
         with self.engine.master_weights():
             checkpoint.load_model(self.engine.model_state())
             checkpoint.load_optimizer(self.engine.optimizer_state())

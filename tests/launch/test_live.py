@@ -42,7 +42,7 @@ def test_a_live_run_is_killed_resumed_evaluated_and_published(words: list[str], 
     command = [str(Path(sys.executable).with_name("layerloom")), "train", *killed]
     with working_in(tmp_path):
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(list(Path("killed").glob("checkpoints/step_*/COMPLETE"))) < 2 and time.monotonic() < deadline:
             assert child.poll() is None, child.communicate()
             time.sleep(0.005)

@@ -70,7 +70,7 @@ def test_killed_training_and_killed_harvest_end_as_if_nothing_had_been(
         assert main(whole) == 0
         again = words | {"store.path": "store_again", "run": "again", "source.budget_bytes": least[0]}
         harvest, training = _start(_command("harvest", again)), _start(_command("train", again))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(list(Path("again").glob("checkpoints/step_*/COMPLETE"))) < 2 and time.monotonic() < deadline:
             assert (harvest.poll(), training.poll()) == (None, None)
             time.sleep(0.005)

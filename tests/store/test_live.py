@@ -15,6 +15,7 @@ from activation_store.config import SourceConfig, SourceKind, StoreConfig, Subje
 from activation_store.errors import UserError
 from activation_store.harvest import harvest
 from activation_store.live import LiveActivations, LiveText
+from activation_store.mixing import begin
 from activation_store.ring import row_bytes
 from activation_store.store import ActivationStore
 
@@ -96,7 +97,9 @@ def test_deterministic_batches_are_a_function_of_their_number(live: LiveText, ha
     assert states[-1]["pool"] > states[0]["pool"]
     # Processes take seconds to start.
     for done in (1, 9) if harvesters == 0 else (9,):
-        with LiveActivations(live, settings, batch_size_tokens=96, start_batch=done, state=states[done - 1]) as resumed:
+        with LiveActivations(
+            live, settings, batch_size_tokens=96, start_batch=done, states=[states[done - 1]]
+        ) as resumed:
             assert resumed.position == done
             for ours, theirs in zip(whole[done:], take(resumed, 14 - done), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -113,6 +116,15 @@ def test_ranks_have_different_documents(live: LiveText) -> None:
     assert documents[0].isdisjoint(documents[1])
 
 
+def test_states_of_other_ranks_are_refused_or_begun_at_the_lowest_place() -> None:
+    states = [{"places": [[0, 6, 1], [0, 9, 0]]}, {"places": [[0, 4, 2], [0, 7, 0]]}]
+    assert begin(states, rank=1, ranks=2, harvesters=2, exact=True) == ([(0, 4, 2), (0, 7, 0)], states[1])
+    assert begin([], rank=1, ranks=2, harvesters=2, exact=True) == ([(0, 2, 0), (0, 3, 0)], {})
+    assert begin(states, rank=2, ranks=3, harvesters=1, exact=False) == ([(0, 5, 0)], {})
+    with pytest.raises(UserError, match="of 2 ranks and 4 harvesters in all, not 3 and 3"):
+        begin(states, rank=2, ranks=3, harvesters=1, exact=True)
+
+
 def test_the_default_draws_at_random_from_a_ring_that_is_full_enough(live: LiveText) -> None:
     with LiveActivations(live, source(live, fill_fraction=1.0), batch_size_tokens=64) as batches:
         found = take(batches, 20)
@@ -125,7 +137,7 @@ def test_the_default_draws_at_random_from_a_ring_that_is_full_enough(live: LiveT
     assert first != sorted(first)
     # A resume goes on behind what had come.
     place = tuple(state["places"][0])
-    with LiveActivations(live, source(live), batch_size_tokens=64, start_batch=20, state=state) as batches:
+    with LiveActivations(live, source(live), batch_size_tokens=64, start_batch=20, states=[state]) as batches:
         next(batches)
         assert tuple(batches.state()["places"][0]) > place
 
