@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 # A collective that waits longer than this raises on the rank that waits, with a traceback that says where.
-_COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+_COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 
 
 class RankError(AssertionError):
@@ -53,7 +53,7 @@ class Processes:
     ) -> None:
         self.close()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600, **kwargs: Any) -> list[Any]:
         """The results of function(*args, **kwargs) by rank.
 
         Raises:
@@ -62,7 +62,7 @@ class Processes:
         return self.run_each(function, [args] * self.size, timeout=timeout, **kwargs)
 
     def run_each(
-        self, function: Callable[..., Any], args_by_rank: list[tuple[Any, ...]], *, timeout: float = 120, **kwargs: Any
+        self, function: Callable[..., Any], args_by_rank: list[tuple[Any, ...]], *, timeout: float = 600, **kwargs: Any
     ) -> list[Any]:
         """As `run`, with arguments of its own for each rank."""
         if not self._processes:
