@@ -33,16 +33,16 @@ def test_on_the_same_mesh_the_bits_are_the_same(
     assert records(again.run) == records(whole.run)
 
 
-def test_any_mesh_continues_the_run_of_any_other(tiny_store: RunConfig, four_ranks: Processes, tmp_path: Path) -> None:
-    """In float64, where meshes differ by rounding alone."""
+def test_any_mesh_and_engine_continues_any_other(tiny_store: RunConfig, four_ranks: Processes, tmp_path: Path) -> None:
+    """In float64, where meshes and engines differ by rounding alone."""
     overrides = {**ACTIVATIONS["topk_all_layers"], **_EVERY_STEP}
     whole = tiny_run(tiny_store, tmp_path / "whole", {**overrides, **_mesh(2, 2)})
     four_ranks.run(cases.in_double, cases.resumed, whole)
     killed = tiny_run(tiny_store, tmp_path / "killed", {**overrides, **_mesh(2, 2)})
     four_ranks.run(cases.in_double, cases.train_until, killed, 8)
-    for data, feature in ((1, 4), (4, 1), (1, 1)):
+    for data, feature, engine in ((1, 4, "plain"), (4, 1, "fsdp"), (2, 2, "accelerate"), (1, 1, "plain")):
         run = Path(shutil.copytree(killed.run, tmp_path / f"{data}x{feature}"))
-        config = tiny_run(tiny_store, run, {**overrides, **_mesh(data, feature)})
+        config = tiny_run(tiny_store, run, {**overrides, **_mesh(data, feature), "engine.kind": engine})
         if data * feature == 1:
             assert cases.in_double(cases.resumed, config) == 5
         else:
