@@ -5,15 +5,17 @@
     python -m benchmarks.engines --write benchmarks/results/engines.md
 
 In every round each engine takes one step, so that a busy machine disturbs all alike; a ratio is the median over rounds
-of the ratio to plain in the same round. Bytes are those that rank 0 hands to torch.distributed in a step, counted as
-benchmarks.traffic does, beside the formula of docs/parallel.md (DDP sends from C++, where nothing counts).
+of the ratio to plain in the same round. Bytes are those that rank 0 hands to its process groups in a step, as what
+a rank sends (trainer/parallel/traffic.py), beside the formula of docs/parallel.md; DDP sends from C++, uncounted.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +25,6 @@ import torch.distributed as dist
 
 from activation_store.batch import ActivationBatch
 from benchmarks.measure import command, machine, median_ratio, table, take_turns, write_page
-from benchmarks.traffic import counted
 from trainer.config import (
     ActivationConfig,
     EngineConfig,
@@ -48,6 +49,47 @@ ENGINES = {
 }
 
 
+# Bytes sent by one of n ranks, from the arguments of a process group's method.
+_RULES: dict[str, Callable[[tuple[Any, ...], int], float]] = {
+    "allreduce": lambda args, n: 2 * (n - 1) / n * _bytes(args[0]),
+    "reduce": lambda args, n: (n - 1) / n * _bytes(args[0]),
+    "_allgather_base": lambda args, n: (n - 1) * _bytes(args[1]),
+    "allgather": lambda args, n: (n - 1) * _bytes(args[1]),
+    "_reduce_scatter_base": lambda args, n: (n - 1) / n * _bytes(args[1]),
+    "all_gather_single": lambda args, n: (n - 1) * _bytes(args[1]),
+    "allgather_into_tensor_coalesced": lambda args, n: (n - 1) * _bytes(args[1]),
+    "reduce_scatter_single": lambda args, n: (n - 1) / n * _bytes(args[1]),
+}
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Bytes that this rank sends while the context lasts, by method: libraries keep torch.distributed's functions, but
+    all of them call the process group.
+    """
+    sent: Counter[str] = Counter()
+    kept = {name: getattr(dist.ProcessGroup, name) for name in _RULES if hasattr(dist.ProcessGroup, name)}
+
+    def method(name: str) -> Callable[..., Any]:
+        def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            sent[name] += _RULES[name](args, group.size())
+            return kept[name](group, *args, **kwargs)
+
+        return call
+
+    for name in kept:
+        setattr(dist.ProcessGroup, name, method(name))
+    try:
+        yield sent
+    finally:
+        for name, function in kept.items():
+            setattr(dist.ProcessGroup, name, function)
+
+
 def formula(name: str, parameters: int, ranks: int, microbatches: int) -> float:
     """Bytes that a rank sends in a step (docs/parallel.md)."""
     share = (ranks - 1) / ranks * 4 * parameters
@@ -59,7 +101,7 @@ def formula(name: str, parameters: int, ranks: int, microbatches: int) -> float:
             "fsdp": 2 * microbatches,
             "deepspeed, ZeRO 1": 3,
             "deepspeed, ZeRO 2": 2 * microbatches + 1,
-            "deepspeed, ZeRO 3": 3 * microbatches,
+            "deepspeed, ZeRO 3": 2 * microbatches,
         }[name]
     )
 

@@ -5,6 +5,7 @@ feature axis; without either it sums and clips the wrong numbers, without an err
 """
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -91,6 +92,8 @@ class DeepSpeedEngine:
     """See Engine. Adam is torch's; DeepSpeed's own for the CPU compiles for minutes and is no faster."""
 
     def __init__(self, config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh) -> None:
+        # Launchers other than torch's need not set it; DeepSpeed asks for it, though the device is chosen.
+        os.environ.setdefault("LOCAL_RANK", str(model.threshold_LF.device.index or 0))
         if not dist.is_initialized():
             # DeepSpeed wants a process group even for one process.
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
