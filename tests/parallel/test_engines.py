@@ -25,7 +25,14 @@ FSDP: dict[str, Any] = {"engine.kind": "fsdp"}
 # Every activation, with the losses that look at the whole microbatch.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "topk with auxk": {"activation.kind": "topk", "activation.auxk_k": 3},
-    "topk over layers": {**TOPK, "activation.kind": "topk", "activation.scope": "all_layers", "model.skip": True},
+    # Rows: b_dec and W_skip lie whole on every rank, and count once in the norm.
+    "topk over layers": {
+        **TOPK,
+        "activation.kind": "topk",
+        "activation.scope": "all_layers",
+        "model.skip": True,
+        "parallel.decoder_split": "rows",
+    },
     "batchtopk": {"activation.kind": "batchtopk", "activation.pre_act_lambda": 0.01},
     "relu": {"activation.kind": "relu", "activation.tanh_lambda": 0.01},
     "jumprelu": {
