@@ -5,6 +5,7 @@ Letters: N rows, R rows of an inner chunk, L layers, D d_model.
 
 import os
 import tempfile
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from activation_store.layout import StoreLayout
 from activation_store.manifest import Commit, CommittedDocument, StoreManifest
 from activation_store.places import Place
 from activation_store.progress import human_bytes
-from activation_store.shard_writer import adopt_shard, write_shard
+from activation_store.shard_writer import ShardWrite, adopt_shard, write_shard
 from activation_store.shards import ShardRecord
 from activation_store.statistics import RowSums, eligible_rows, sum_chunk
 from activation_store.storage import Storage
@@ -28,6 +29,9 @@ from activation_store.windows import WindowRecord
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
 _IDS = ("token_ids", "document_ids", "pieces", "positions")
+Buffers = dict[str, np.ndarray[Any, Any]]
+# Shards in memory at once, and threads that write them.
+_SHARDS, _WRITES = 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,10 @@ class WindowWriter:
     def __init__(self, folder: Place, storage: Storage, manifest: StoreManifest) -> None:
         self._folder, self._storage, self.layout = folder, storage, manifest.layout
         self._special_ids = manifest.special_token_ids
-        # One shard of every array, as it lies on disk.
-        self._buffers = {a.name: np.empty(a.buffer_shape, dtype=a.dtype) for a in self.layout.arrays()}
+        # Shards of every array, as they lie on disk: one is filled while one is written.
+        self._buffers = [
+            {a.name: np.empty(a.buffer_shape, dtype=a.dtype) for a in self.layout.arrays()} for _ in range(_SHARDS)
+        ]
 
     def write(self, rows: WindowRows, order: IntRows, record: WindowRecord, names: dict[int, str]) -> bool:
         """Writes and commits a window; False if somebody else's commit of it was first.
@@ -117,11 +123,17 @@ class WindowWriter:
         files: dict[str, ShardRecord] = {}
         sums = RowSums.zeros(self.layout.n_layers, self.layout.d_model)
         first = record.start_row // self.layout.shard_rows
-        for number in range(self.layout.shards_of(len(order))):
-            start = number * self.layout.shard_rows
-            taken = order[start : start + self.layout.shard_rows]
-            self._gather(rows, taken)
-            sums.add(self._write_shard(first + number, len(taken), files))
+        writing: _Writing | None = None
+        with ThreadPoolExecutor(_WRITES, thread_name_prefix="store-shards") as pool:
+            for number in range(self.layout.shards_of(len(order))):
+                start = number * self.layout.shard_rows
+                taken = order[start : start + self.layout.shard_rows]
+                begun = self._begin_shard(rows, taken, first + number, pool)
+                if writing is not None:
+                    sums.add(self._end_shard(writing, files))
+                writing = begun
+            if writing is not None:
+                sums.add(self._end_shard(writing, files))
         indices, counts = np.unique(rows.columns["document_ids"][: rows.filled], return_counts=True)
         commit = Commit(
             window=record.window,
@@ -139,13 +151,27 @@ class WindowWriter:
         )
         return commit.create(self._folder)
 
-    def _gather(self, rows: WindowRows, taken: IntRows) -> None:
+    def _begin_shard(self, rows: WindowRows, taken: IntRows, shard: int, pool: Executor) -> "_Writing":
+        """Gathers a shard's rows, begins to write its computed values, and sums them up meanwhile."""
+        buffers = self._buffers[shard % _SHARDS]
+        self._gather(rows, taken, buffers)
+        row_chunks = -(-len(taken) // self.layout.chunk_rows)
+        writes = {
+            array.name: pool.submit(write_shard, self._storage, array, shard, buffers[array.name], row_chunks)
+            for array in self.layout.arrays()
+            if array.name != "norms" and array.name not in _IDS
+        }
+        return _Writing(
+            shard, row_chunks, len(taken), buffers, writes, self._summarise(buffers, row_chunks, len(taken))
+        )
+
+    def _gather(self, rows: WindowRows, taken: IntRows, buffers: Buffers) -> None:
         """Copies rows into the shard's buffers; what follows the last one in its chunk is made fill values."""
         chunk_rows = self.layout.chunk_rows
         for array in self.layout.arrays():
             if array.name == "norms":
                 continue
-            column, buffer = rows.columns[array.name], self._buffers[array.name]
+            column, buffer = rows.columns[array.name], buffers[array.name]
             for chunk, start in enumerate(range(0, len(taken), chunk_rows)):
                 values = column[taken[start : start + chunk_rows]]
                 if array.per_layer:
@@ -155,46 +181,44 @@ class WindowWriter:
                     buffer[chunk, 0, : len(values)] = values
                 buffer[chunk, :, len(values) :] = array.fill
 
-    def _write_shard(self, shard: int, filled: int, files: dict[str, ShardRecord]) -> RowSums:
-        """Writes one shard of every array from the buffers, adds them to `files`, and returns their rows' sums."""
-        row_chunks = -(-filled // self.layout.chunk_rows)
+    def _end_shard(self, writing: "_Writing", files: dict[str, ShardRecord]) -> RowSums:
+        """Waits for the values, writes the rest of the shard, adds all to `files`, and returns its rows' sums."""
+        shard, row_chunks, sums = writing.shard, writing.row_chunks, writing.sums
         arrays = {array.name: array for array in self.layout.arrays()}
-        for name in arrays:
-            if name != "norms" and name not in _IDS:
-                self._settle(name, shard, row_chunks, files)
-        sums = self._summarise(row_chunks, filled)
-        # Function of the two that were settled; where another machine rounded another way, its norms stay.
-        self._settle("norms", shard, row_chunks, files)
-        for name in _IDS:
-            written = write_shard(self._storage, arrays[name], shard, self._buffers[name], row_chunks)
-            if written.other:
+        others = [name for name, write in writing.writes.items() if self._settled(name, write.result(), writing, files)]
+        if others:
+            sums = self._summarise(writing.buffers, row_chunks, writing.filled)
+        # Function of the values that were settled; where another machine rounded another way, its norms stay.
+        for name in ("norms", *_IDS):
+            written = write_shard(self._storage, arrays[name], shard, writing.buffers[name], row_chunks)
+            if self._settled(name, written, writing, files) and name in _IDS:
                 raise UserError(
                     f"store {self._folder}: {arrays[name].shard_key(shard)} holds rows of another text or config; give "
                     "another store.path, or delete this store"
                 )
-            files[arrays[name].shard_key(shard)] = written.record
         return sums
 
-    def _settle(self, name: str, shard: int, row_chunks: int, files: dict[str, ShardRecord]) -> None:
-        """Writes a shard of computed values; if other values were there before, they go into the buffer."""
+    def _settled(self, name: str, written: ShardWrite, writing: "_Writing", files: dict[str, ShardRecord]) -> bool:
+        """Adds a shard to `files`; if other values were there before, they go into the buffer, and it is True."""
         array = next(array for array in self.layout.arrays() if array.name == name)
-        written = write_shard(self._storage, array, shard, self._buffers[name], row_chunks)
-        if written.other:
-            adopt_shard(self._folder, array, shard, self._buffers[name], row_chunks)
-        files[array.shard_key(shard)] = written.record
+        if written.other and name not in _IDS:
+            adopt_shard(self._folder, array, writing.shard, writing.buffers[name], writing.row_chunks)
+        files[array.shard_key(writing.shard)] = written.record
+        return written.other
 
-    def _summarise(self, row_chunks: int, filled: int) -> RowSums:
+    def _summarise(self, buffers: Buffers, row_chunks: int, filled: int) -> RowSums:
         """Fills the shard's norms and returns its sums over the eligible rows."""
         sums = RowSums.zeros(self.layout.n_layers, self.layout.d_model)
-        buffers = self._buffers
         for chunk in range(row_chunks):
             real = min(self.layout.chunk_rows, filled - chunk * self.layout.chunk_rows)
             eligible = eligible_rows(buffers["token_ids"][chunk, 0], buffers["positions"][chunk, 0], self._special_ids)
             eligible[real:] = False
             weight_R = torch.from_numpy(eligible.astype(np.float64))
-            in_norms_RL = sum_chunk(self._decoded("mlp_in", chunk), weight_R, (sums.in_sum_LD, sums.in_square_sum_LD))
+            in_norms_RL = sum_chunk(
+                self._decoded(buffers, "mlp_in", chunk), weight_R, (sums.in_sum_LD, sums.in_square_sum_LD)
+            )
             out_norms_RL = sum_chunk(
-                self._decoded("mlp_out", chunk), weight_R, (sums.out_sum_LD, sums.out_square_sum_LD)
+                self._decoded(buffers, "mlp_out", chunk), weight_R, (sums.out_sum_LD, sums.out_square_sum_LD)
             )
             norms_RL2 = torch.stack([in_norms_RL, out_norms_RL], dim=2).float()
             buffers["norms"][chunk, 0] = norms_RL2.numpy()
@@ -202,9 +226,21 @@ class WindowWriter:
             sums.count += int(eligible.sum())
         return sums
 
-    def _decoded(self, name: str, chunk: int) -> Tensor:
+    def _decoded(self, buffers: Buffers, name: str, chunk: int) -> Tensor:
         """One chunk of all layers (L, R, D) as a reader will see it; the values themselves where they have no scale."""
-        values = from_bits(self._buffers[name][chunk], self.layout.dtype)
+        values = from_bits(buffers[name][chunk], self.layout.dtype)
         if self.layout.scale(name) is None:
             return values
-        return decode(Encoded(values, torch.from_numpy(self._buffers[f"{name}_scale"][chunk])))
+        return decode(Encoded(values, torch.from_numpy(buffers[f"{name}_scale"][chunk])))
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """A shard whose computed values are being written. `sums`, and the norms in `buffers`, are those of the values."""
+
+    shard: int
+    row_chunks: int
+    filled: int
+    buffers: Buffers
+    writes: dict[str, Future[ShardWrite]]
+    sums: RowSums
