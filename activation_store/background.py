@@ -26,6 +26,8 @@ from activation_store.layout import StoreLayout
 from activation_store.statistics import SERIAL_ELEMENTS
 
 POLL_SECONDS = 0.1
+# Batches that wait at the most: of small ones, thousands would be read that nobody asks for in a long while.
+_MOST_READY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
         self._copier = DeviceCopier(device) if device is not None and device.type == "cuda" else None
         self._position = start_batch
         self._state: dict[str, Any] = {}
-        self._ready = max(1, prefetch_bytes // self._batch_bytes())
+        self._ready = max(1, min(prefetch_bytes // self._batch_bytes(), _MOST_READY))
         self._queue: queue.Queue[tuple[ActivationBatch, dict[str, Any]] | BaseException] = queue.Queue(self._ready)
         self._buffers = Buffers(pinned=self._copier is not None)
         self._outputs = Buffers()

@@ -212,7 +212,7 @@ class SourceConfig:
     lanes: int = 64
     # Rows that stay neighbours in a lane (they were shuffled when written); fewer mix more finely and read more slowly.
     run_rows: int = 32
-    # Bytes of batches that are read ahead, as they are given to training; at least one batch.
+    # Bytes of batches that are read ahead, as they are given to training; at least one batch, at most 64.
     prefetch_bytes: int = 268_435_456
     # Threads that read, decompress and decode.
     threads: int = 1

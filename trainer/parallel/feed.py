@@ -120,7 +120,8 @@ class Feed(Batches):
             self._may_begin.notify()
         if orderly:
             self._thread.join()
-            self._source.close()
+        # Its own threads wait for no other rank.
+        self._source.close()
 
     def __enter__(self) -> "Feed":
         return self
