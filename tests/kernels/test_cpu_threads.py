@@ -139,3 +139,24 @@ def test_compiles_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numba_is_imported_only_with_the_backend() -> None:
     code = "import sys, trainer.kernels.dispatch as d; d.kernels('reference'); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_of_several_libraries_torchs_own_runs_the_kernels() -> None:
+    site = Path("/site-packages")
+    other = str(site / "sentencepiece.libs/libgomp-1.so.1.0.0")
+    inside, beside = str(site / "torch/lib/libgomp.so.1"), str(site / "torch.libs/libgomp-2.so.1.0.0")
+    assert threads.torchs_own([other, inside], site / "torch") == inside
+    assert threads.torchs_own([other, beside], site / "torch") == beside
+    assert threads.torchs_own([other], site / "torch") == other
+    assert threads.torchs_own([], site / "torch") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+def test_a_package_with_a_library_of_its_own_changes_nothing() -> None:
+    """sentencepiece, which subjects' tokenizers load, brings a libgomp."""
+    code = (
+        "import torch; from trainer.kernels.cpu.threads import find_libgomp; before = find_libgomp(); "
+        "import sentencepiece; print(before is not None and find_libgomp() == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

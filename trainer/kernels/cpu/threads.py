@@ -9,6 +9,7 @@ import ctypes
 import functools
 import struct
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,12 +67,21 @@ def _open_mp() -> "ctypes._FuncPointer | None":
 
 
 def find_libgomp() -> str | None:
-    """Path of the libgomp in this process; torch's own where several are loaded."""
+    """Path of the libgomp in this process; torch's own where several are loaded (other packages bring one, too)."""
     if sys.platform != "linux":
         return None
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    found = sorted({line.split(maxsplit=5)[5] for line in mapped if "libgomp" in line})
-    ours = [path for path in found if Path(torch.__file__).parent.parent in Path(path).parents]
+    return torchs_own({line.split(maxsplit=5)[5] for line in mapped if "libgomp" in line}, Path(torch.__file__).parent)
+
+
+def torchs_own(libraries: Iterable[str], torch_folder: Path) -> str | None:
+    """The library that lies in torch's folder or, as wheels keep them, beside it in `torch.libs`; else any, or None.
+
+    Another package's in the same site-packages is a pool of its own, whose idle threads would fight with torch's.
+    """
+    homes = (torch_folder, torch_folder.with_name(f"{torch_folder.name}.libs"))
+    found = sorted(libraries)
+    ours = [path for home in homes for path in found if home in Path(path).parents]
     return next(iter([*ours, *found]), None)
 
 
