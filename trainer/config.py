@@ -228,7 +228,7 @@ class TrainConfig:
     # Train on while a checkpoint is written, from a copy in CPU memory as large as this process's part of it.
     async_checkpoint: bool = True
     # Steps between evaluations on the store's held-out rows; 0: only at the end.
-    eval_every: int = 100
+    eval_every: int = 150
     # Steps between lines of metrics.jsonl.
     log_every: int = 10
     # Start over, discarding what the run folder holds.

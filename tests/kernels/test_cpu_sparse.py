@@ -23,7 +23,7 @@ from trainer.kernels.fused_adam_rows import AdamHyper
 F32 = torch.float32
 PROFILE = settings(max_examples=25, deadline=None)
 # tokens, features, columns, entries per token at most: odd, wider than a chunk, a hot feature cut by columns.
-SHAPES = [(41, 1271, 100, 7), (33, 5, 2500, 3), (3000, 60, 96, 3), (1, 4, 1, 1)]
+SHAPES = [(41, 1271, 100, 7), (20, 1100, 1300, 3), (33, 5, 2500, 3), (3000, 60, 96, 3), (1, 4, 1, 1)]
 # Against the largest value; sums of at most 2,500 products in float32.
 TOLERANCE = 2e-6
 
@@ -65,7 +65,19 @@ def test_index(n: int, f: int, seed: int, chunks: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("hot", [True, False])
 def test_decode_and_its_gradients(shape: tuple[int, int, int, int], hot: bool) -> None:
-    case = on_cpu(sparse(*shape, hot=hot))
+    check_decode_and_gradients(on_cpu(sparse(*shape, hot=hot)))
+
+
+@PROFILE
+@given(
+    st.integers(1, 70), st.integers(4, 40), st.integers(1, 1100), st.integers(1, 9), st.booleans(), st.integers(0, 999)
+)
+def test_decode_and_its_gradients_over_shapes(b: int, f: int, c: int, k: int, hot: bool, seed: int) -> None:
+    """Empty tokens, features without entries, and one that all others activate."""
+    check_decode_and_gradients(on_cpu(sparse(b, f, c, min(k, f - 2), seed=seed, hot=hot)))
+
+
+def check_decode_and_gradients(case: Sparse) -> None:
     wanted = truth(case)
     y = case.y_BC.clone()
     sparse_decode(y, case.offsets, case.feature_ids, case.values, case.rows_FC, F32)
@@ -84,7 +96,7 @@ def test_decode_and_its_gradients(shape: tuple[int, int, int, int], hot: bool) -
     assert dots is not None
     assert_near(dots, wanted.values_N, TOLERANCE)
     assert_near(row_gradients(case.index, case.values, case.grad_BC, F32), wanted.rows_FC, TOLERANCE)
-    sums = torch.zeros(shape[1], dtype=torch.float64).index_add(0, case.feature_ids, case.values.double())
+    sums = torch.zeros(case.n_features, dtype=torch.float64).index_add(0, case.feature_ids, case.values.double())
     assert_near(feature_sums(case.index, case.values), sums, TOLERANCE)
 
 
@@ -125,6 +137,32 @@ def test_a_million_features() -> None:
     assert torch.equal(dots, rows[ids].sum(dim=1))
     assert out[[0, 5, f - 2, f - 1], 0].tolist() == [1, 2, 4, 8]
     assert int(out.count_nonzero()) == 8
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Tables whose last row begins behind what 32 bits can count, in values; untouched pages take no memory."""
+
+    def far(rows: Tensor) -> Tensor:
+        table = torch.empty(2**31 + rows.shape[1]).as_strided(rows.shape, (2**30, 1))
+        return table.copy_(rows)
+
+    case = on_cpu(sparse(3, 3, 8, 1))
+    case.offsets, case.feature_ids = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 2])
+    case.tokens, case.values = torch.tensor([2, 2]), torch.tensor([1.5, -0.5])
+    case.index = build_csc(case.feature_ids, case.tokens, 3)
+    wanted = truth(case)
+    distant = replace(case, rows_FC=far(case.rows_FC), y_BC=far(case.y_BC), grad_BC=far(case.grad_BC))
+    sparse_decode(distant.y_BC, distant.offsets, distant.feature_ids, distant.values, distant.rows_FC, F32)
+    assert_near(distant.y_BC, wanted.y_BC, TOLERANCE)
+    out = far(torch.ones(3, 8))
+    dots = backward(distant, out_FC=out, accumulate=False, dots=True)
+    assert dots is not None
+    assert_near(dots, wanted.values_N, TOLERANCE)
+    assert_near(out, wanted.rows_FC, TOLERANCE)
+    moments = far(torch.zeros(3, 8)), far(torch.zeros(3, 8))
+    hyper = AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.1, 1e-3)
+    fused_adam_rows(distant.rows_FC, *moments, case.index, case.values, distant.grad_BC, hyper, dots=False)
+    assert_near(moments[0], 0.1 * wanted.rows_FC, TOLERANCE)
 
 
 def test_nan_reaches_what_it_touches_and_nothing_else() -> None:

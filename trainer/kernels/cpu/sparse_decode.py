@@ -1,4 +1,4 @@
-"""sparse_decode, compiled: a block of tokens a part, a chunk of columns at a time so that the sums stay in L1.
+"""sparse_decode, compiled: tokens by groups, a chunk of columns at a time so that the sums stay in L1.
 
 Legend: B tokens, F features, C columns, N entries.
 """
@@ -16,7 +16,9 @@ from trainer.kernels.cpu.threads import launch
 from trainer.kernels.cpu.vectors import Vector, axpy, axpy4
 
 _CHUNK = 1024
-_TOKENS = 16
+_TOKENS = 32
+# Chunks of all rows that stay in L2 (2 MB, and a margin: some features are idle) while every token passes by.
+_RESIDENT_FEATURES = 1024
 
 
 def sparse_decode(
@@ -28,12 +30,14 @@ def sparse_decode(
         return
     n_tokens, n_columns = y_BC.shape
     ids_N, weights_N = feature_ids_N.contiguous(), values_N.contiguous()
-    parts = -(-n_tokens // _TOKENS) if n_columns and ids_N.numel() else 0
+    width = _CHUNK if rows_FC.shape[0] <= _RESIDENT_FEATURES else n_columns
+    parts = -(-n_tokens // _TOKENS) * -(-n_columns // width) if n_columns and ids_N.numel() else 0
     launch(
         _decode,
         parts,
         n_tokens,
         n_columns,
+        width,
         *rows_of(y_BC),
         *rows_of(rows_FC),
         ids_N.numel(),
@@ -46,16 +50,17 @@ def sparse_decode(
 @kernel
 def _decode(pointer: Any) -> None:
     a = block_of(pointer)
-    n_tokens, n_columns, y_stride, row_stride, n = a[2], a[3], a[5], a[8], a[10]
-    y, rows = float32_array(a[4], a[6]), float32_array(a[7], a[9])
-    offsets, ids, values = int64_array(a[11], n_tokens + 1), int64_array(a[12], n), float32_array(a[13], n)
+    n_tokens, n_columns, width, y_stride, row_stride, n = a[2], a[3], a[4], a[6], a[9], a[11]
+    y, rows = float32_array(a[5], a[7]), float32_array(a[8], a[10])
+    offsets, ids, values = int64_array(a[12], n_tokens + 1), int64_array(a[13], n), float32_array(a[14], n)
+    groups = -(-n_tokens // _TOKENS)
     part = next_part(pointer)
     while part < a[1]:
-        for b in range(part * _TOKENS, min((part + 1) * _TOKENS, n_tokens)):
+        first, b0 = part // groups * width, part % groups * _TOKENS
+        for b in range(b0, min(b0 + _TOKENS, n_tokens)):
             n0, n1 = offsets[b], offsets[b + 1]
-            for c0 in range(0, n_columns, _CHUNK):
-                size = min(_CHUNK, n_columns - c0)
-                start = b * y_stride + c0
+            for c0 in range(first, min(first + width, n_columns), _CHUNK):
+                size, start = min(_CHUNK, n_columns - c0), b * y_stride + c0
                 add_rows(y[start : start + size], rows, row_stride, c0, ids[n0:n1], values[n0:n1])
         part = next_part(pointer)
 
