@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,14 +121,33 @@ def check_wandb(log: LogConfig) -> None:
         ) from None
 
 
+def start_wandb(project: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """A run of wandb's. options: of `wandb.init`."""
+    import wandb  # heavy, and not wanted by most runs
+
+    return wandb.init(project=project, config=dict(config), **options)
+
+
 class MetricsLog:
     """Appends records to `metrics.jsonl` and forwards them to wandb."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, *, resumed_from: int) -> None:
-        """Cuts what lies beyond `resumed_from` and opens the file; wandb continues the run it had in this folder."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        *,
+        resumed_from: int,
+        start: Callable[[str, Mapping[str, Any], Mapping[str, Any]], Any] = start_wandb,
+    ) -> None:
+        """Cuts what lies beyond `resumed_from` and opens the file; wandb continues the run it had in this folder.
+
+        start: as `start_wandb`.
+        """
         cut_after(folder.metrics_file, resumed_from)
         self._file = folder.metrics_file.open("ab")
-        self._wandb = _start_wandb(folder, config) if config.log.wandb is not WandbMode.disabled else None
+        self._wandb = None
+        if config.log.wandb is not WandbMode.disabled:
+            self._wandb = _continue_wandb(folder, config, start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -147,7 +166,7 @@ class MetricsLog:
         self._file.write(_line(record))
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(_flat(record), step=record["step"])
+            self._wandb.log(flat(record), step=record["step"])
 
     def sync(self) -> None:
         """Makes what was written durable; called before a checkpoint that relies on it."""
@@ -166,37 +185,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """wandb's keys: nested ones joined by `/`, lists by index."""
-    flat: dict[str, Any] = {}
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The record with wandb's keys: nested ones joined by `/`, lists by index."""
+    found: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
+            found |= flat(value, f"{prefix}{key}/")
         elif isinstance(value, list | tuple):
-            flat |= {f"{prefix}{key}/{index:02d}": item for index, item in enumerate(value)}
+            found |= {f"{prefix}{key}/{index:02d}": item for index, item in enumerate(value)}
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
-def _start_wandb(folder: RunFolder, config: RunConfig) -> Any:
+def _continue_wandb(
+    folder: RunFolder, config: RunConfig, start: Callable[[str, Mapping[str, Any], Mapping[str, Any]], Any]
+) -> Any:
     """Starts or continues the wandb run whose id the run folder keeps."""
     import wandb  # heavy, and not wanted by most runs
 
     log: LogConfig = config.log
     run_id = read_json(folder.wandb_file)["id"] if folder.wandb_file.is_file() else secrets.token_hex(4)
     write_json(folder.wandb_file, {"id": run_id, "project": log.project})
-    run = wandb.init(
-        project=log.project,
-        name=log.name or folder.path.name,
-        id=run_id,
+    options = {
+        "name": log.name or folder.path.name,
+        "id": run_id,
         # Steps that wandb has already are dropped by it when they come again, and they come again bit for bit.
-        resume="allow",
-        mode=log.wandb.value,
-        dir=str(folder.path),
-        config=config_to_dict(config),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+        "resume": "allow",
+        "mode": log.wandb.value,
+        "dir": str(folder.path),
+        "settings": wandb.Settings(silent=True, console="off"),
+    }
+    run = start(log.project, config_to_dict(config), options)
     where = run.url if log.wandb is WandbMode.online else f"{folder.path}/wandb (upload it with `wandb sync`)"
     report(f"wandb: {where}")
     return run

@@ -30,13 +30,13 @@ from trainer.in_training import Evaluator
 from trainer.interrupt import StopRequest
 from trainer.loss import StepContext
 from trainer.memory import freed_memory_kept
-from trainer.metrics import MetricsLog, check_wandb, read_metrics, training_record
+from trainer.metrics import MetricsLog, check_wandb, read_metrics, start_wandb, training_record
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.collectives import Collectives
 from trainer.nonfinite import check_finite
 from trainer.parallel.agreement import Agreement, lost_peers_told
 from trainer.parallel.collectives import collectives_of
-from trainer.parallel.engine import BatchLoss, Engine, build_engine
+from trainer.parallel.engine import BatchLoss, Engine, TracksRuns, build_engine
 from trainer.parallel.feed import Feed
 from trainer.parallel.mesh import Axis, Mesh, open_mesh, rank_device
 from trainer.parallel.split import SplitChoice, choose_split
@@ -288,7 +288,8 @@ class _Run:
         """On rank 0, until the stack is closed."""
         with self.agreement.together():
             if self.mesh.is_first:
-                return stack.enter_context(MetricsLog(self.folder, self.config, resumed_from=step))
+                start = self.engine.start_wandb if isinstance(self.engine, TracksRuns) else start_wandb
+                return stack.enter_context(MetricsLog(self.folder, self.config, resumed_from=step, start=start))
         return None
 
     def _write(self, log: MetricsLog | None, record: dict[str, Any]) -> None:

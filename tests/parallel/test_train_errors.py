@@ -83,7 +83,7 @@ def _refusal_of(config: RunConfig) -> str:
 class _Job:
     """Two processes of the command itself, as torchrun starts them."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, engine: str) -> None:
         environment = os.environ | {
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
@@ -94,7 +94,7 @@ class _Job:
         self.run = run
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "launch.main", "train", f"run={run}", "launch.threads=1"],
+                [sys.executable, "-m", "launch.main", "train", f"run={run}", "launch.threads=1", f"engine={engine}"],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -137,7 +137,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_killed_rank_ends
     )
     run.mkdir()
     save_config(run, config)
-    job = _Job(run)
+    job = _Job(run, "deepspeed")
     job.wait_for_step(3)
     os.kill(job.ranks[1].pid, signal.SIGINT)
     (first, said), (second, whispered) = job.end()
@@ -148,7 +148,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_killed_rank_ends
     stopped = records(run)[-1]["step"]
     assert checkpoint_tensors(run)
 
-    job = _Job(run)
+    job = _Job(run, "plain")
     job.wait_for_step(stopped + 3)
     os.kill(job.ranks[1].pid, signal.SIGKILL)
     (first, said), (second, _) = job.end()

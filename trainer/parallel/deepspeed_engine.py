@@ -117,6 +117,8 @@ class DeepSpeedEngine:
         self._exposed = False
 
     def _initialise(self, config: RunConfig) -> Any:
+        # torch 2.13 has other names for what DeepSpeed calls in every step.
+        warnings.filterwarnings("ignore", message="`torch.distributed.*_tensor` is deprecated", category=FutureWarning)
         # Compiled on first use for minutes, and a compilation that is killed leaves a lock that hangs every later run.
         __compatible_ops__["deepspeed_shm_comm"] = False
         if self._stage == 3:

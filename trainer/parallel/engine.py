@@ -5,10 +5,10 @@ take its place.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -72,6 +72,14 @@ class Engine(Protocol):
         """While it lasts, the model's parameters are whole (but for the feature axis) and in the best precision there
         is: to measure, save and load. All ranks enter it together.
         """
+
+
+@runtime_checkable
+class TracksRuns(Protocol):
+    """An engine whose library starts runs of Weights & Biases itself."""
+
+    def start_wandb(self, project: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """The wandb run. options: of `wandb.init`, beside project and config. On the first process alone."""
 
 
 def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | None = None) -> Engine:

@@ -6,7 +6,8 @@ Legend: B tokens, L layers, D d_model, F features of a layer.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,17 +22,21 @@ from trainer.parallel.mesh import Axis
 
 
 class LossModule(nn.Module):
-    """The loss as a module's forward, for engines that wrap a module."""
+    """The loss as a module's forward, for engines that wrap a module.
+
+    autocast: what the forward pass runs under: `train.precision`; an engine whose library has mixed precision of its
+    own puts that in its place.
+    """
 
     def __init__(self, config: RunConfig, model: CrossLayerTranscoder) -> None:
         super().__init__()
         self.model = model
         self._config = config
+        self.autocast: Callable[[], AbstractContextManager[Any]] = self._own_autocast
 
     def forward(self, mlp_in_BLD: Tensor, mlp_out_BLD: Tensor, context: StepContext) -> LossOutput:
         """The loss of one microbatch, under the precision of `train.precision`."""
-        mixed = self._config.train.precision is Precision.bf16
-        with torch.autocast(mlp_in_BLD.device.type, dtype=torch.bfloat16, enabled=mixed):
+        with self.autocast():
             return compute_loss(
                 self.model,
                 mlp_in_BLD,
@@ -40,6 +45,10 @@ class LossModule(nn.Module):
                 activation=self._config.activation,
                 kernels=self._config.kernels,
             )
+
+    def _own_autocast(self) -> torch.autocast:
+        mixed = self._config.train.precision is Precision.bf16
+        return torch.autocast(self.model.threshold_LF.device.type, dtype=torch.bfloat16, enabled=mixed)
 
 
 class Microbatch(NamedTuple):
