@@ -6,25 +6,27 @@
 
 In every round each engine takes one step, so that a busy machine disturbs all alike; a ratio is the median over rounds
 of the ratio to plain in the same round. Bytes are those that rank 0 hands to its process groups in a step, as what
-a rank sends (trainer/parallel/traffic.py), beside the formula of docs/parallel.md; DDP sends from C++, uncounted.
+a rank sends, beside the formula (trainer/parallel/traffic.py). DDP sends from C++; to be counted, an engine of its own
+sends the same messages by a hook.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from activation_store.batch import ActivationBatch
 from benchmarks.measure import command, machine, median_ratio, table, take_turns, write_page
+from benchmarks.sent import groups_counted
 from trainer.config import (
     ActivationConfig,
     EngineConfig,
@@ -37,9 +39,11 @@ from trainer.config import (
 from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
+from trainer.parallel.accelerate_engine import AccelerateEngine
 from trainer.parallel.collectives import collectives_of
-from trainer.parallel.engine import build_engine
+from trainer.parallel.engine import Engine, build_engine
 from trainer.parallel.mesh import Mesh, mesh_of
+from trainer.parallel.traffic import engine_bytes
 
 ENGINES = {
     "plain": EngineConfig(),
@@ -47,122 +51,94 @@ ENGINES = {
     "accelerate": EngineConfig(kind=EngineKind.accelerate),
     **{f"deepspeed, ZeRO {n}": EngineConfig(kind=EngineKind.deepspeed, zero_stage=n) for n in (1, 2, 3)},
 }
+Shape = tuple[int, int, int, int, int]
 
 
-# Bytes sent by one of n ranks, from the arguments of a process group's method.
-_RULES: dict[str, Callable[[tuple[Any, ...], int], float]] = {
-    "allreduce": lambda args, n: 2 * (n - 1) / n * _bytes(args[0]),
-    "reduce": lambda args, n: (n - 1) / n * _bytes(args[0]),
-    "_allgather_base": lambda args, n: (n - 1) * _bytes(args[1]),
-    "allgather": lambda args, n: (n - 1) * _bytes(args[1]),
-    "_reduce_scatter_base": lambda args, n: (n - 1) / n * _bytes(args[1]),
-    "all_gather_single": lambda args, n: (n - 1) * _bytes(args[1]),
-    "allgather_into_tensor_coalesced": lambda args, n: (n - 1) * _bytes(args[1]),
-    "reduce_scatter_single": lambda args, n: (n - 1) / n * _bytes(args[1]),
-}
+def bytes_sent(
+    name: str, mesh: Mesh, shape: Shape, microbatches: int
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """(counted by call, formula by kind) of a step of this rank, and the tokens that it has in one."""
+    engine, step = _new(ENGINES[name], mesh, shape, microbatches)
+    if isinstance(engine, AccelerateEngine) and isinstance(engine._ddp, DistributedDataParallel):
+        # The same messages, of the same buckets, from where they can be counted.
+        engine._ddp.register_comm_hook(mesh.data.group, allreduce_hook)
+    step()
+    with groups_counted() as sent:
+        step()
+    parameters = sum(p.numel() for p in _model(mesh, shape).parameters())
+    tokens = shape[3] // mesh.data.size * microbatches
+    return dict(sent), engine_bytes(ENGINES[name], parameters, mesh.data.size, microbatches), tokens
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Bytes that this rank sends while the context lasts, by method: libraries keep torch.distributed's functions, but
-    all of them call the process group.
-    """
-    sent: Counter[str] = Counter()
-    kept = {name: getattr(dist.ProcessGroup, name) for name in _RULES if hasattr(dist.ProcessGroup, name)}
-
-    def method(name: str) -> Callable[..., Any]:
-        def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            sent[name] += _RULES[name](args, group.size())
-            return kept[name](group, *args, **kwargs)
-
-        return call
-
-    for name in kept:
-        setattr(dist.ProcessGroup, name, method(name))
-    try:
-        yield sent
-    finally:
-        for name, function in kept.items():
-            setattr(dist.ProcessGroup, name, function)
-
-
-def formula(name: str, parameters: int, ranks: int, microbatches: int) -> float:
-    """Bytes that a rank sends in a step (docs/parallel.md)."""
-    share = (ranks - 1) / ranks * 4 * parameters
-    return (
-        share
-        * {
-            "plain": 2,
-            "accelerate": 2,
-            "fsdp": 2 * microbatches,
-            "deepspeed, ZeRO 1": 3,
-            "deepspeed, ZeRO 2": 2 * microbatches + 1,
-            "deepspeed, ZeRO 3": 2 * microbatches,
-        }[name]
-    )
-
-
-def _step(engine_config: EngineConfig, mesh: Mesh, arguments: argparse.Namespace) -> Callable[[], float]:
-    n_layers, d_model, n_features, tokens, k = arguments.shape
+def _model(mesh: Mesh, shape: Shape) -> CrossLayerTranscoder:
+    n_layers, d_model, n_features, _, k = shape
     spec = ModelSpec(n_layers=n_layers, d_model=d_model, n_features=n_features, kind="topk", k=k)
-    model = CrossLayerTranscoder(spec, collectives=collectives_of(mesh, by_columns=True))
-    batch = tokens * arguments.microbatches
+    return CrossLayerTranscoder(spec, collectives=collectives_of(mesh, by_columns=True))
+
+
+def _new(
+    engine_config: EngineConfig, mesh: Mesh, shape: Shape, microbatches: int
+) -> tuple[Engine, Callable[[], float]]:
+    n_layers, d_model, n_features, tokens, k = shape
     config = RunConfig(
         model=ModelConfig(n_features=n_features),
         activation=ActivationConfig(k=k, auxk_coefficient=0.0),
-        train=TrainConfig(batch_size_tokens=batch, microbatch_tokens=tokens),
+        train=TrainConfig(batch_size_tokens=tokens * microbatches, microbatch_tokens=tokens),
         parallel=ParallelConfig(data=mesh.data.size),
         engine=engine_config,
     )
-    engine = build_engine(config, model, mesh)
+    engine = build_engine(config, _model(mesh, shape), mesh)
     g = torch.Generator().manual_seed(mesh.data.rank)
     rows = tokens // mesh.data.size
-    microbatches = [
+    parts = [
         ActivationBatch(*(torch.randn(rows, n_layers, d_model, generator=g) for _ in range(2)), torch.arange(rows), 0)
-        for _ in range(arguments.microbatches)
+        for _ in range(microbatches)
     ]
     context = StepContext(k=k, penalty_scale=1.0, dead_after_tokens=10**12, lr=1e-4)
 
     def step() -> float:
-        loss = engine.backward(microbatches, context)
+        loss = engine.backward(parts, context)
         engine.update(float(engine.gradient_norm()))
         return float(loss.total)
 
-    return step
+    return engine, step
+
+
+def join(rank: int, size: int, store: str) -> None:
+    """Makes this process a rank, as torchrun does: accelerate goes by the environment."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 
 
 def _rank(rank: int, arguments: argparse.Namespace, store: str, queue: Any) -> None:
-    torch.set_num_threads(1)
     device = torch.device("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=arguments.ranks)
+    join(rank, arguments.ranks, store)
     mesh = mesh_of(arguments.ranks, 1, device)
-    steps = {name: _step(ENGINES[name], mesh, arguments) for name in arguments.engines}
+    shape, microbatches = arguments.shape, arguments.microbatches
+    steps = {name: _new(ENGINES[name], mesh, shape, microbatches)[1] for name in arguments.engines}
     seconds = take_turns(steps, arguments.rounds, device, warm=2, tolerance=1e-4)
     sent = {}
-    for name, step in steps.items():
-        with counted() as bytes_by_call:
-            step()
-        sent[name] = sum(bytes_by_call.values())
+    for name in steps:
+        found, formula, _ = bytes_sent(name, mesh, shape, microbatches)
+        sent[name] = (sum(formula.values()), sum(found.values()))
     if rank == 0:
         queue.put((seconds, sent))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _page(arguments: argparse.Namespace, seconds: dict[str, list[float]], sent: dict[str, float]) -> str:
+def _page(arguments: argparse.Namespace, seconds: dict[str, list[float]], sent: dict[str, tuple[float, float]]) -> str:
     n_layers, d_model, n_features, tokens, k = arguments.shape
     spec = ModelSpec(n_layers=n_layers, d_model=d_model, n_features=n_features, kind="topk", k=k)
     parameters = sum(p.numel() for p in CrossLayerTranscoder(spec).parameters())
     rows = []
     for name, found in seconds.items():
-        expected = formula(name, parameters, arguments.ranks, arguments.microbatches)
+        expected, found_bytes = sent[name]
         ratio = f"{median_ratio(found, seconds['plain']):.2f}" if "plain" in seconds else ""
-        counted_mib = "" if name == "accelerate" else f"{sent[name] / 2**20:.1f}"
-        rows.append([name, f"{median(found) * 1e3:.0f}", ratio, f"{expected / 2**20:.1f}", counted_mib])
+        rows.append(
+            [name, f"{median(found) * 1e3:.0f}", ratio, f"{expected / 2**20:.1f}", f"{found_bytes / 2**20:.1f}"]
+        )
     header = ["engine", "ms a step", "against plain", "MiB sent, formula", "MiB sent, counted"]
     return "\n".join(
         [

@@ -1,10 +1,12 @@
-"""Counts the bytes of every collective of a forward and backward pass on a mesh, beside the model's formula.
+"""Counts the bytes of every collective of a step on a mesh, beside the formulas of trainer/parallel/traffic.py.
 
     python -m benchmarks.traffic                # every case below, in real processes over gloo
     python -m benchmarks.traffic --only topk    # those whose name has one of these words
+    python -m benchmarks.traffic --write benchmarks/results/traffic.md
 
-Counted at the calls into torch.distributed, as what a rank sends (trainer/parallel/traffic.py says how), per rank and
-token of its microbatch, on average over the ranks. Exit 1 where a sum is off by more than 5%.
+Three parts: the model's forward and backward pass of a microbatch; the feed, which spreads its rows; a step of each
+engine. Counted at the calls into torch.distributed (of engines: of its process groups), as what a rank sends, per rank
+and token, on average over the ranks. Exit 1 where a sum is off by more than 5%.
 """
 
 import argparse
@@ -12,23 +14,28 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from activation_store.batch import ActivationBatch
+from benchmarks.engines import ENGINES, bytes_sent, join
+from benchmarks.measure import command, table, write_page
+from benchmarks.sent import calls_counted
 from trainer.config import ActivationConfig, ActivationKind, KernelsConfig
 from trainer.loss import LossOutput, StepContext, compute_loss
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Partitioning
 from trainer.model.spec import ModelSpec
 from trainer.parallel.collectives import collectives_of
+from trainer.parallel.feed import Spread
 from trainer.parallel.mesh import mesh_of
-from trainer.parallel.traffic import Shares, model_bytes
+from trainer.parallel.traffic import Shares, feed_bytes, model_bytes
 
 TOLERANCE = 0.05
 
@@ -74,37 +81,35 @@ CASES = [
 N_LAYERS, D_MODEL, N_FEATURES, TOKENS = 4, 256, 4096, 512
 
 
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Bytes that this rank sends while the context lasts, by the name of the call."""
-    sent: Counter[str] = Counter()
-    kept = {name: getattr(dist, name) for name in (*_RULES, "batch_isend_irecv") if hasattr(dist, name)}
+@dataclass(frozen=True)
+class FeedCase:
+    """A mesh and a split, for the same rows."""
 
-    def call(name: str, *args: Any, **kwargs: Any) -> Any:
-        sent[name] += _RULES[name](args, dist.get_world_size(kwargs.get("group")))
-        return kept[name](*args, **kwargs)
-
-    def batch(operations: list[dist.P2POp]) -> Any:
-        sent["isend"] += sum(op.tensor.nbytes for op in operations if op.op is dist.isend)
-        return kept["batch_isend_irecv"](operations)
-
-    for name in kept:
-        setattr(dist, name, batch if name == "batch_isend_irecv" else partial(call, name))
-    try:
-        yield sent
-    finally:
-        for name, function in kept.items():
-            setattr(dist, name, function)
+    name: str
+    data: int
+    feature: int
+    by_columns: bool = True
 
 
-# Bytes sent by one of n ranks, from the positional arguments of the call.
-_RULES: dict[str, Callable[[tuple[Any, ...], int], float]] = {
-    "all_reduce": lambda args, n: 2 * (n - 1) / n * args[0].nbytes,
-    "all_to_all_single": lambda args, n: (n - 1) / n * args[1].nbytes,
-    "all_gather_single": lambda args, n: (n - 1) * args[1].nbytes,
-    "all_gather_into_tensor": lambda args, n: (n - 1) * args[1].nbytes,
-    "reduce_scatter_tensor": lambda args, n: (n - 1) / n * args[1].nbytes,
-}
+FEED_CASES = [
+    FeedCase("feed columns", 1, 2),
+    FeedCase("feed columns", 1, 4),
+    FeedCase("feed columns", 2, 2),
+    FeedCase("feed rows", 1, 4, by_columns=False),
+]
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """An engine by the name that benchmarks.engines gives it."""
+
+    name: str
+    data: int
+    feature: int = 1
+
+
+ENGINE_CASES = [EngineCase(name, data) for data in (2, 4) for name in ENGINES]
+ENGINE_SHAPE, MICROBATCHES = (2, 64, 512, 128, 4), 2
 
 
 def measure(case: Case) -> tuple[dict[str, float], dict[str, float]]:
@@ -121,7 +126,7 @@ def measure(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     activation = ActivationConfig(kind=ActivationKind(spec.kind), k=spec.k, tanh_lambda=case.tanh, auxk_coefficient=0.0)
     step = StepContext(k=spec.k, penalty_scale=1.0, dead_after_tokens=10**9)
     kernels = KernelsConfig(dense_above_density=0.0 if case.dense else 1.0)
-    with counted() as sent:
+    with calls_counted() as sent:
         output = compute_loss(model, x_BLD, y_BLD, step, activation=activation, kernels=kernels)
         output.total.backward()
     entries, largest = _entries(output)
@@ -136,11 +141,7 @@ def measure(case: Case) -> tuple[dict[str, float], dict[str, float]]:
         dense=N_LAYERS if case.dense else 0,
         norms=2 * norms if spec.score == "decoder_norm" and spec.kind == "batchtopk" else norms,
     )
-    names = sorted(_gathered(sorted(sent)))
-    totals = torch.tensor([sent[name] for name in names], dtype=torch.float64)
-    dist.all_reduce(totals)
-    per_token = (totals / mesh.size / TOKENS).tolist()
-    return dict(zip(names, per_token, strict=True)), model_bytes(spec, shares)
+    return _per_token(sent, mesh.size, TOKENS), model_bytes(spec, shares)
 
 
 def _entries(output: LossOutput) -> tuple[float, int]:
@@ -153,57 +154,141 @@ def _entries(output: LossOutput) -> tuple[float, int]:
     return float(total) / TOKENS, int(largest)
 
 
+def measure_feed(case: FeedCase) -> tuple[dict[str, float], dict[str, float]]:
+    """As `measure`, for each token of the feature group's microbatch."""
+    mesh = mesh_of(case.data, case.feature, torch.device("cpu"))
+    partitioning = Partitioning(mesh.feature.size, mesh.feature.rank, case.by_columns)
+    spread = Spread(mesh, partitioning, torch.device("cpu"))
+    rows = [torch.zeros(TOKENS // case.feature, N_LAYERS, D_MODEL, dtype=torch.float16) for _ in range(2)]
+    with calls_counted() as sent:
+        spread(ActivationBatch(rows[0], rows[1], torch.arange(len(rows[0])), 0))
+    formula = feed_bytes(N_LAYERS, D_MODEL, case.feature, by_columns=case.by_columns)
+    return _per_token(sent, mesh.size, TOKENS), formula
+
+
+def measure_engine(case: EngineCase) -> tuple[dict[str, float], dict[str, float]]:
+    """As `measure`, for each token that a rank has in a step."""
+    mesh = mesh_of(case.data, case.feature, torch.device("cpu"))
+    sent, formula, tokens = bytes_sent(case.name, mesh, ENGINE_SHAPE, MICROBATCHES)
+    return _per_token(Counter(sent), mesh.size, tokens), {kind: n / tokens for kind, n in formula.items()}
+
+
+def _per_token(sent: Counter[str], ranks: int, tokens: int) -> dict[str, float]:
+    """By call, mean over the ranks."""
+    names = sorted(_gathered(sorted(sent)))
+    totals = torch.tensor([sent[name] for name in names], dtype=torch.float64)
+    dist.all_reduce(totals)
+    return dict(zip(names, (totals / ranks / tokens).tolist(), strict=True))
+
+
 def _gathered(names: list[str]) -> set[str]:
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, names)
     return {name for found in lists for name in found}
 
 
-def _rank(rank: int, size: int, store: str, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    bad = 0
+AnyCase = Case | FeedCase | EngineCase
+
+
+def _measured(case: AnyCase) -> tuple[dict[str, float], dict[str, float]]:
+    match case:
+        case FeedCase():
+            return measure_feed(case)
+        case EngineCase():
+            return measure_engine(case)
+        case _:
+            return measure(case)
+
+
+def _rank(rank: int, size: int, store: str, cases: list[AnyCase], queue: Any) -> None:
+    join(rank, size, store)
     for case in cases:
-        found, formula = measure(case)
-        total, expected = sum(found.values()), sum(formula.values())
-        off = total / expected - 1
-        bad += abs(off) > TOLERANCE
+        found = _measured(case)
         if rank == 0:
-            by_call = ", ".join(f"{name} {n:,.1f}" for name, n in found.items() if n >= 0.05)
-            by_kind = ", ".join(f"{kind} {n:,.1f}" for kind, n in formula.items() if n >= 0.05)
-            print(
-                f"| {case.name} | {case.data}x{case.feature} | {total:,.1f} | {expected:,.1f} | {off:+.1%} | {by_call} "
-                f"| {by_kind} |",
-                flush=True,
-            )
+            queue.put(found)
+    dist.barrier()
     dist.destroy_process_group()
-    if bad:
-        raise SystemExit(1)
 
 
-def main() -> int:
-    """Prints a table of Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", metavar="WORD", help="cases whose name has one of these words")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    cases = [case for case in CASES if not arguments.only or any(word in case.name for word in arguments.only)]
-    print(
-        "| case | mesh | counted | formula | off | counted by call | formula by kind |\n|---|---|---|---|---|---|---|"
-    )
-    bad = False
+def _row(case: AnyCase, found: dict[str, float], formula: dict[str, float]) -> list[str]:
+    total, expected = sum(found.values()), sum(formula.values())
+    by_call = ", ".join(f"{name} {n:,.1f}" for name, n in found.items() if n >= 0.05)
+    by_kind = ", ".join(f"{kind} {n:,.1f}" for kind, n in formula.items() if n >= 0.05)
+    off = f"{total / expected - 1:+.1%}"
+    return [case.name, f"{case.data}x{case.feature}", f"{total:,.1f}", f"{expected:,.1f}", off, by_call, by_kind]
+
+
+def run_cases(cases: Sequence[AnyCase]) -> dict[AnyCase, tuple[dict[str, float], dict[str, float]]]:
+    """(counted, formula) of each, in processes of their own."""
+    results = {}
+    context = torch.multiprocessing.get_context("spawn")
     for size in sorted({case.data * case.feature for case in cases}):
         ours = [case for case in cases if case.data * case.feature == size]
         with tempfile.TemporaryDirectory(prefix="layerloom-traffic-") as folder:
-            context = torch.multiprocessing.get_context("spawn")
-            store = str(Path(folder) / "store")
-            processes = [context.Process(target=_rank, args=(rank, size, store, ours)) for rank in range(size)]
+            queue, store = context.Queue(), str(Path(folder) / "store")
+            processes = [context.Process(target=_rank, args=(rank, size, store, ours, queue)) for rank in range(size)]
             for process in processes:
                 process.start()
+            for case in ours:
+                while case not in results:
+                    try:
+                        results[case] = queue.get(timeout=1)
+                    except Empty:
+                        if any(process.exitcode for process in processes):
+                            sys.exit("a process failed: see above")
             for process in processes:
                 process.join()
-            bad = bad or any(process.exitcode for process in processes)
-    return int(bad)
+    return results
+
+
+PARTS: list[tuple[str, str, Sequence[AnyCase]]] = [
+    (
+        "The model",
+        f"Forward and backward pass of one microbatch, L = {N_LAYERS}, d = {D_MODEL}, F = {N_FEATURES:,}, B = {TOKENS} "
+        "tokens a rank, k = 16 (relu and jumprelu: `b_enc` = -0.3), float32. Per token of a rank's microbatch. The "
+        "formula leaves out a few numbers a microbatch for losses.",
+        CASES,
+    ),
+    (
+        "The feed",
+        f"Spreads the rows of a feature group's microbatch of {TOKENS} tokens, stored as float16. Per token of that.",
+        FEED_CASES,
+    ),
+    (
+        "The engines",
+        f"A step, (L, d, F, tokens of a global microbatch, k) = {ENGINE_SHAPE}, {MICROBATCHES} microbatches. Per token "
+        "that a rank has in a step; a step's bytes do not depend on how many these are.",
+        ENGINE_CASES,
+    ),
+]
+
+
+def main() -> int:
+    """Prints tables of Markdown, or writes a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", metavar="WORD", help="cases whose name has one of these words")
+    parser.add_argument("--write", metavar="FILE", help="write the page there")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    words = arguments.only or [""]
+    parts = [(title, text, [c for c in cases if any(word in c.name for word in words)]) for title, text, cases in PARTS]
+    results = run_cases([case for _, _, cases in parts for case in cases])
+    header = ["case", "mesh", "counted", "formula", "off", "counted by call", "formula by kind"]
+    page = [
+        "# Bytes of a mesh, counted beside the formula",
+        f"    {command('benchmarks.traffic')}",
+        "Bytes that a rank sends, mean over the ranks, counted at the calls into torch.distributed, over gloo; the "
+        "formulas of docs/parallel.md. Mesh: data x feature.",
+    ]
+    for title, text, cases in parts:
+        if cases:
+            page += [f"## {title}", text, table(header, [_row(case, *results[case]) for case in cases])]
+    text = "\n\n".join(page)
+    print(text)
+    if arguments.write:
+        write_page(arguments.write, text)
+    sums = [(sum(found.values()), sum(formula.values())) for found, formula in results.values()]
+    return int(any(abs(found / formula - 1) > TOLERANCE for found, formula in sums))
 
 
 if __name__ == "__main__":

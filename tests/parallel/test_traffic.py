@@ -1,8 +1,8 @@
-"""The formula of bytes against what is really sent."""
+"""The formulas of bytes against what is really sent."""
 
 import pytest
 
-from benchmarks.traffic import CASES, TOLERANCE, Case, measure
+from benchmarks.traffic import CASES, TOLERANCE, Case, EngineCase, FeedCase, measure, measure_engine, measure_feed
 from tests.parallel.processes import Processes
 
 
@@ -20,3 +20,17 @@ def test_the_formula_holds(four_ranks: Processes, name: str) -> None:
     # Codes go point to point, exactly as many as there are.
     of_codes = formula["codes"] + formula["gradients of codes"]
     assert counted["isend"] == pytest.approx(of_codes, rel=1e-3)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_the_formula_of_the_feed_holds(four_ranks: Processes, by_columns: bool) -> None:
+    counted, formula = four_ranks.run(measure_feed, FeedCase("feed", 2, 2, by_columns))[0]
+    assert sum(counted.values()) == sum(formula.values()) > 0
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "fsdp", "deepspeed, ZeRO 2", "deepspeed, ZeRO 3"])
+def test_the_formula_of_an_engine_holds(four_ranks: Processes, engine: str) -> None:
+    counted, formula = four_ranks.run(measure_engine, EngineCase(engine, 4))[0]
+    assert sum(counted.values()) == pytest.approx(sum(formula.values()), rel=TOLERANCE)
+    gathered = counted.get("all_gather_single", 0) + counted.get("_allgather_base", 0)
+    assert gathered == pytest.approx(formula["parameters"], rel=TOLERANCE)

@@ -1,11 +1,13 @@
-"""The bytes that a rank sends for the model's sake in one microbatch, by kind; docs/parallel.md derives them.
+"""The bytes that a rank sends, by kind: for the model's sake in a microbatch, for the feed and for the engine.
 
-`python -m benchmarks.traffic` counts the real ones beside these. An all-reduce of n bytes over G ranks counts as
-2 (G - 1) / G n (a ring's), an exchange of equal parts as (G - 1) / G n, a gather as (G - 1) n.
+docs/parallel.md derives them, and `python -m benchmarks.traffic` counts the real ones beside these. An all-reduce of n
+bytes over G ranks counts as 2 (G - 1) / G n (a ring's), an exchange of equal parts as (G - 1) / G n, a gather as
+(G - 1) n.
 """
 
 from dataclasses import dataclass
 
+from trainer.config import EngineConfig, EngineKind
 from trainer.model.spec import ModelSpec
 from trainer.parallel.split import id_bytes
 
@@ -67,3 +69,26 @@ def _selection_bytes(spec: ModelSpec, shares: Shares) -> float:
         rounds: float = 2 * (world - 1) / world * over * counters / shares.tokens
         return rounds
     return 0.0
+
+
+def feed_bytes(
+    n_layers: int, d_model: int, feature: int, *, by_columns: bool, value_bytes: int = 2
+) -> dict[str, float]:
+    """For each token of the feature group's microbatch, to spread what its ranks have read. value_bytes: as stored."""
+    row = (feature - 1) / feature * n_layers * d_model * value_bytes
+    return {"mlp_in": row, "mlp_out": row / feature if by_columns else row} if feature > 1 else {}
+
+
+def engine_bytes(engine: EngineConfig, parameters: int, data: int, microbatches: int) -> dict[str, float]:
+    """In a step, over `data` ranks that each have all `parameters` of their part of the model, in float32."""
+    once = (data - 1) / data * 4 * parameters
+    # How often each parameter's gradient, and then its new value, is sent.
+    gradients, values = {
+        (EngineKind.plain, 0): (2, 0),
+        (EngineKind.accelerate, 0): (2, 0),
+        (EngineKind.fsdp, 0): (microbatches, microbatches),
+        (EngineKind.deepspeed, 1): (2, 1),
+        (EngineKind.deepspeed, 2): (2 * microbatches, 1),
+        (EngineKind.deepspeed, 3): (microbatches, microbatches),
+    }[engine.kind, engine.zero_stage if engine.kind is EngineKind.deepspeed else 0]
+    return {"gradients": gradients * once, "parameters": values * once}
