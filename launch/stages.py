@@ -1,5 +1,6 @@
 """What each verb does with its config. Heavy imports stay inside, so that a wrong word is answered at once."""
 
+import logging
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,10 +31,17 @@ def prepare(config: LayerloomConfig, verb: str) -> None:
 def quiet_libraries() -> None:
     """To be called before the libraries are imported, for they read it then (some rules of `validate` import them).
 
-    A bar for every file that `datasets` opens would drown the stage's own.
+    A bar for every file that `datasets` opens would drown the stage's own. transformers asks accelerate for help when
+    it saves a subject, which imports DeepSpeed wherever it is installed, which then warns that it finds no GPU.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("DeepSpeed").addFilter(_is_no_guess)
+
+
+def _is_no_guess(record: logging.LogRecord) -> bool:
+    """With engine=deepspeed there is none: it is told the device."""
+    return not record.getMessage().startswith("Setting accelerator to CPU.")
 
 
 def harvest(config: LayerloomConfig, arguments: Arguments) -> int:
