@@ -113,7 +113,7 @@ def run_config(options: argparse.Namespace, eps: float) -> RunConfig:
 
 
 def train(config: RunConfig, rows: Rows, l0_target: float) -> Result:
-    """One run, through the engine, as `trainer.train` does it."""
+    """One run, through the engine, as `trainer.loop` does it."""
     first = next(rows.batches())
     initial = first.mlp_in[:_INITIAL_ROWS].to(rows.device)
     statistics = rows.statistics()

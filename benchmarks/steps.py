@@ -1,6 +1,6 @@
 """The steps that the benchmarks time: shapes, batches, and a mode's whole training step through the real engine.
 
-A step does what `trainer.train` does for one: loss and gradients, exact norm, check that it is finite, clip, Adam,
+A step does what `trainer.loop` does for one: loss and gradients, exact norm, check that it is finite, clip, Adam,
 dead-feature state. Learning rate 1e-8: Adam does its whole work, and the situation stays that of the first step, so
 that the k-th step of one mode compares with the k-th of another, and JumpReLU keeps the L0 that it was given.
 

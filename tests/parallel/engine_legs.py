@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.tracking import WandBTracker
 from wandb.proto.wandb_internal_pb2 import Record
 
-import trainer.train
+import trainer.loop
 from activation_store.errors import AgreedInterruptError
 from launch.main import main
 from trainer.config import RunConfig
@@ -20,7 +20,7 @@ from trainer.train import train
 
 def interrupted(config: RunConfig, step: int) -> None:
     """Trains, and stops after that step, for the last rank gets a SIGINT in it."""
-    real = trainer.train.check_finite
+    real = trainer.loop.check_finite
 
     def interrupt(*args: Any, **kwargs: Any) -> float:
         last = config.parallel.data * config.parallel.feature - 1
@@ -28,13 +28,13 @@ def interrupted(config: RunConfig, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return real(*args, **kwargs)
 
-    trainer.train.check_finite = interrupt
+    trainer.loop.check_finite = interrupt
     try:
         train(config)
     except AgreedInterruptError:
         return
     finally:
-        trainer.train.check_finite = real
+        trainer.loop.check_finite = real
     raise AssertionError("the run ended")
 
 

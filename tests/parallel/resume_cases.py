@@ -2,7 +2,8 @@
 
 from typing import Any
 
-import trainer.train
+import trainer.loop
+import trainer.setup
 from trainer.config import RunConfig
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.train import TrainSummary, train
@@ -14,35 +15,35 @@ class KilledError(Exception):
 
 def train_until(config: RunConfig, step: int) -> None:
     """Trains, and dies in that step on every rank, after its gradients."""
-    real = trainer.train.check_finite
+    real = trainer.loop.check_finite
 
     def die(*args: Any, **kwargs: Any) -> float:
         if kwargs["step"] == step:
             raise KilledError
         return real(*args, **kwargs)
 
-    trainer.train.check_finite = die
+    trainer.loop.check_finite = die
     try:
         train(config)
     except KilledError:
         return
     finally:
-        trainer.train.check_finite = real
+        trainer.loop.check_finite = real
     raise AssertionError("the run ended")
 
 
 def in_double(function: Any, *args: Any) -> Any:
     """The function's result, with training in float64."""
-    real = trainer.train.build_model
+    real = trainer.setup.build_model
 
     def build(*args: Any, **kwargs: Any) -> CrossLayerTranscoder:
         return real(*args, **kwargs).double()
 
-    trainer.train.build_model = build
+    trainer.setup.build_model = build
     try:
         return function(*args)
     finally:
-        trainer.train.build_model = real
+        trainer.setup.build_model = real
 
 
 def resumed(config: RunConfig) -> int | None:

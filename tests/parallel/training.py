@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import trainer.setup
 import trainer.train
 from trainer.config import RunConfig
 from trainer.model.clt import CrossLayerTranscoder
@@ -13,16 +14,16 @@ from trainer.train import TrainSummary
 @contextmanager
 def in_double() -> Iterator[None]:
     """While it lasts, `train` trains in float64."""
-    real = trainer.train.build_model
+    real = trainer.setup.build_model
 
     def build(*args: Any, **kwargs: Any) -> CrossLayerTranscoder:
         return real(*args, **kwargs).double()
 
-    trainer.train.build_model = build
+    trainer.setup.build_model = build
     try:
         yield
     finally:
-        trainer.train.build_model = real
+        trainer.setup.build_model = real
 
 
 def train_all(configs: list[RunConfig]) -> list[TrainSummary]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import trainer.train
+import trainer.loop
 from activation_store.errors import UserError
 from activation_store.object_storage import ObjectStorageOptions
 from activation_store.places import RemotePath, place
@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_a_url_with_the_same_bits(
     train(config)
     url = f"s3://{BUCKET}/runs/a"
     remote = tiny_run(tiny_store, tmp_path / "remote", {"train.checkpoint_path": url})
-    real = trainer.train.check_finite
+    real = trainer.loop.check_finite
 
     def die(*args: Any, step: int, **kwargs: Any) -> float:
         if step == 8:
@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_a_url_with_the_same_bits(
         return real(*args, step=step, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.train.check_finite", die)
+        patch.setattr("trainer.loop.check_finite", die)
         with pytest.raises(KilledError):
             train(remote)
     assert train(remote).resumed_from == 5

@@ -370,7 +370,7 @@ def test_the_layer_at_fault_is_named(run: RunConfig, monkeypatch: pytest.MonkeyP
             model.source_layers[1].b_dec[3] = torch.inf
         return model
 
-    monkeypatch.setattr("trainer.train.build_model", build_broken)
+    monkeypatch.setattr("trainer.setup.build_model", build_broken)
     with pytest.raises(UserError, match=r"the loss is inf at step 1, first in layer 1 \(its reconstruction\)"):
         train(run)
     assert records(run.run) == []

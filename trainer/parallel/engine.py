@@ -1,6 +1,6 @@
 """The engine: who owns backward, the gradients' norm, clipping and the update.
 
-The loop in `trainer.train` calls an engine and nothing below it, so that engines that spread the work over devices can
+The loop in `trainer.loop` calls an engine and nothing below it, so that engines that spread the work over devices can
 take its place.
 """
 
