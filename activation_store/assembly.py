@@ -1,4 +1,4 @@
-"""Fills batches from the shards: each row of a pool is read straight to its place in the batch where it comes.
+"""Fills batches from the shards: each row of a pool goes straight to its place in the batch where it comes.
 
 Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's stream (see `order`).
 """
@@ -14,10 +14,10 @@ import numpy as np
 
 from activation_store.buffers import Buffers
 from activation_store.chunks import RowChunk
-from activation_store.files import Pieces
 from activation_store.layout import ArrayLayout, StoreLayout
 from activation_store.order import LaneOrder, Pool, PoolPart
 from activation_store.places import Place
+from activation_store.scatter import Runs, Scatter, compiled
 from activation_store.shards import ShardFile
 from activation_store.statistics import BoolRows
 
@@ -28,14 +28,15 @@ _OPEN_SHARDS = 128
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """A rank's batch as it is stored: `columns` of `mlp_in`, `mlp_out` (L, B, D) and of their scales, if any, (L, B).
+    """A rank's batch: `columns` of `mlp_in`, `mlp_out` (L, B, D) as stored, and of their scales, if any, (L, B).
 
-    `rows`: logical rows (B,); `epoch` of the first row.
+    `rows`: logical rows (B,); `epoch` of the first row; `decoded`: float32 already, then without scales.
     """
 
     epoch: int
     columns: dict[str, np.ndarray[Any, Any]]
     rows: IntRows
+    decoded: bool = False
 
 
 class _Chunks(Protocol):
@@ -84,10 +85,18 @@ class Assembler:
         ranks: int,
         first: int,
         keep: int,
+        decoded: bool,
     ) -> None:
-        """`batch_rows`: of the global batch. `columns`: layers to read, by their index. `keep`: buffers to keep."""
+        """`batch_rows`: of the global batch. `columns`: layers to read, by their index. `keep`: buffers to keep.
+
+        `decoded`: rows are decoded on their way to the batch; else it holds them as stored.
+        """
         self._store, self._order, self._executor, self._buffers = store, order, executor, buffers
         self._columns, self._keep, self._first = columns, keep, first
+        self._decoded = store.layout.dtype if decoded else None
+        # Threads would all compile it.
+        compiled(self._decoded)
+        self._column_runs = _runs(columns)
         self._share = batch_rows // ranks
         self._batch_rows = batch_rows
         # Slots of a global batch go lane by lane; a rank has consecutive ones.
@@ -101,8 +110,6 @@ class Assembler:
             [store.layout.activations(name), *([scale] if (scale := store.layout.scale(name)) else [])]
             for name in ("mlp_in", "mlp_out")
         ]
-        # Where rows go that nobody wants: unused ones that lie between others.
-        self._waste = np.empty(max(array.chunk_bytes for group in self._groups for array in group), dtype=np.uint8)
         # Before threads ask for it.
         self._used = store.used
 
@@ -143,40 +150,59 @@ class Assembler:
             mine = (t // self._each >= self._first) & (slots >= 0) & (slots < self._share)
             if mine.any():
                 target = _Target(part, mine, (t // self._each)[mine], slots[mine], self._batches)
-                for group in self._groups:
-                    self._hint(part.chunk, group[0])
-                    yield self._executor.submit(self._read, target, group)
+                self._hint(part.chunk)
+                yield self._executor.submit(self._read, target)
 
     def _new_batch(self, number: int) -> StoredBatch:
+        decoded = self._decoded is not None
         columns = {
             array.name: self._buffers.take(
-                (len(self._columns), self._share, *array.tail_shape), array.dtype, keep=2 * self._keep
+                (len(self._columns), self._share, *array.tail_shape),
+                np.dtype(np.float32) if decoded else array.dtype,
+                keep=2 * self._keep,
             )
             for group in self._groups
-            for array in group
+            for array in (group[:1] if decoded else group)
         }
         rows = self._buffers.take((self._share,), np.dtype(np.int64), keep=self._keep)
-        return StoredBatch(self._order.text_epoch(number * self._batch_rows), columns, rows)
+        return StoredBatch(self._order.text_epoch(number * self._batch_rows), columns, rows, decoded)
 
-    def _hint(self, chunk: int, array: ArrayLayout) -> None:
+    def _hint(self, chunk: int) -> None:
+        """All that `_read` will want: what is not asked for here would wait behind all that is."""
         place = self._store.chunks[chunk]
-        file = self._shards.get(array, place.shard)
-        first, last = min(self._columns), max(self._columns)
-        file.hint(place.row_chunk * array.chunks_abreast + first, last - first + 1)
+        for group in self._groups:
+            for array in group:
+                file = self._shards.get(array, place.shard)
+                for start, stop in self._column_runs:
+                    file.hint(place.row_chunk * array.chunks_abreast + self._columns[start], stop - start)
 
-    def _read(self, target: "_Target", group: Sequence[ArrayLayout]) -> None:
-        """Reads a part of a pool, of one array and its scales."""
+    def _read(self, target: "_Target") -> None:
+        """Reads a part of a pool."""
         chunk = self._store.chunks[target.part.chunk]
         used = np.flatnonzero(self._used.mask(target.part.chunk, chunk.rows))
         inside = used[target.part.start : target.part.stop][target.mine]
         target.name_rows(chunk.first_row + inside)
-        for array in group:
-            pieces = target.pieces(array, inside, self._waste.ctypes.data, len(self._columns))
-            file = self._shards.get(array, chunk.shard)
-            base = chunk.row_chunk * array.chunks_abreast
-            for start, stop in _runs(self._columns):
-                first_slot = base + self._columns[start]
-                file.read(first_slot, pieces[start:stop], byte_start=int(inside[0]) * array.row_bytes)
+        runs = target.runs(inside)
+        for group in self._groups:
+            with_scales = self._decoded is not None and len(group) > 1
+            scales = self._scales(group[1], chunk, inside) if with_scales else None
+            for array in group[:1] if self._decoded is not None else group:
+                columns = [batch.columns[array.name] for batch in target.batches]
+                scatter = Scatter(array, runs, columns, self._decoded, scales)
+                self._scatter(array, chunk, int(inside[0]), scatter)
+
+    def _scales(self, array: ArrayLayout, chunk: RowChunk, inside: IntRows) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Of the chunk's rows from inside[0] to inside[-1], of each layer."""
+        rows = int(inside[-1] - inside[0]) + 1
+        scales = np.empty((len(self._columns), rows), dtype=np.float32)
+        self._scatter(array, chunk, int(inside[0]), Scatter(array, np.array([[0, rows, 0, 0]]), [scales]))
+        return scales
+
+    def _scatter(self, array: ArrayLayout, chunk: RowChunk, first_row: int, target: Scatter) -> None:
+        file = self._shards.get(array, chunk.shard)
+        base = chunk.row_chunk * array.chunks_abreast
+        for start, stop in self._column_runs:
+            file.scatter(base + self._columns[start], stop - start, first_row, target, start)
 
 
 @dataclass(slots=True)
@@ -201,24 +227,18 @@ class _Target:
             here = self.numbers == self.first + i
             batch.rows[self.slots[here]] = rows[here]
 
-    def pieces(self, array: ArrayLayout, inside: IntRows, waste: int, layers: int) -> list[Pieces]:
-        """Memory for the chunk's rows from inside[0] to inside[-1], of each layer; `waste` takes those between."""
-        width = array.row_bytes
-        bases = np.array([batch.columns[array.name].ctypes.data for batch in self.batches], dtype=np.int64)
-        rows = int(inside[-1] - inside[0]) + 1
-        address = waste + np.arange(rows) * width
-        wanted = np.zeros(rows, dtype=np.bool_)
-        address[inside - inside[0]] = bases[self.numbers - self.first] + self.slots * width
-        wanted[inside - inside[0]] = True
-        cuts = np.flatnonzero((np.diff(address) != width) | (np.diff(wanted) != 0)) + 1
-        starts = np.concatenate([[0], cuts])
-        sizes = np.diff(np.concatenate([starts, [rows]])) * width
-        # From one layer to the next in the batch, the same for all batches; waste stays where it is.
-        stride = np.where(wanted[starts], self.batches[0].columns[array.name].strides[0], 0)
-        pieces = np.empty((layers, len(starts), 2), dtype=np.uint64)
-        pieces[:, :, 0] = address[starts] + np.arange(layers)[:, None] * stride
-        pieces[:, :, 1] = sizes
-        return list(pieces)
+    def runs(self, inside: IntRows) -> Runs:
+        """Of the chunk's rows `inside`, counted from the first of them, those that stay together."""
+        numbers, slots = self.numbers, self.slots
+        apart = (inside[1:] - inside[:-1] != 1) | (slots[1:] - slots[:-1] != 1) | (numbers[1:] != numbers[:-1])
+        starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+        runs = np.empty((len(starts), 4), dtype=np.int64)
+        runs[:, 0] = inside[starts] - inside[0]
+        runs[:-1, 1] = starts[1:] - starts[:-1]
+        runs[-1, 1] = len(inside) - starts[-1]
+        runs[:, 2] = numbers[starts] - self.first
+        runs[:, 3] = slots[starts]
+        return runs
 
 
 class _OpenShards:

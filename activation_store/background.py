@@ -20,6 +20,7 @@ from activation_store.assembly import StoredBatch
 from activation_store.batch import ActivationBatch
 from activation_store.buffers import Buffers
 from activation_store.codec import Encoded, decode, from_bits
+from activation_store.config import StoreDtype
 from activation_store.device_copy import DeviceCopier
 from activation_store.errors import UserError
 from activation_store.layout import StoreLayout
@@ -88,6 +89,11 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
 
         What waits here looks at `_stop`, and raises anything once it is set.
         """
+
+    @property
+    def _decodes_on_the_way(self) -> bool:
+        """Whether what is read from a store is decoded before it is in the batch: not if a GPU will do it."""
+        return self._decoded and self._copier is None
 
     @property
     def position(self) -> int:
@@ -159,13 +165,14 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
     def _finished(self, stored: StoredBatch) -> ActivationBatch:
         """A batch as the consumer wants it."""
         rows, parts = torch.from_numpy(stored.rows), []
+        dtype = StoreDtype.float32 if stored.decoded else self._shape.layout.dtype
         for name in ("mlp_in", "mlp_out"):
             scale = stored.columns.get(f"{name}_scale")
-            values_LBD = from_bits(stored.columns[name], self._shape.layout.dtype)
+            values_LBD = from_bits(stored.columns[name], dtype)
             parts.append(Encoded(values_LBD, None if scale is None else torch.from_numpy(scale)))
         if self._copier is not None:
             parts = self._copier.copy(parts, decoded=self._decoded)
-        elif self._decoded:
+        elif self._decoded and not stored.decoded:
             shape, keep = tuple(parts[0].values.shape), 2 * (self._ready + 3)
             outs = [self._outputs.take(shape, np.dtype(np.float32), keep=keep) for _ in parts]
             parts = _decode_parallel(parts, [torch.from_numpy(out) for out in outs], self._executor)

@@ -4,6 +4,7 @@ A list of all chunks would grow with the store (4 million of them for a billion 
 every window.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -50,7 +51,8 @@ class RowChunks(Sequence[RowChunk]):
             return [self[i] for i in range(*number.indices(len(self)))]
         if not 0 <= number < len(self):
             raise IndexError(f"chunk {number} of {len(self)}")
-        block = int(np.searchsorted(self._first_chunks, number, side="right")) - 1
+        # bisect, which keeps the interpreter: np.searchsorted lets go of it, and waits for other threads then.
+        block = bisect_right(self._first_chunks, number) - 1
         offset = (number - int(self._first_chunks[block])) * self._chunk_rows
         shard, row = divmod(int(self._starts[block]) + offset, self._shard_rows)
         rows = min(self._chunk_rows, int(self._rows[block]) - offset)
@@ -58,7 +60,7 @@ class RowChunks(Sequence[RowChunk]):
 
     def number_of(self, row: int) -> int:
         """The chunk that holds a logical row."""
-        block = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        block = bisect_right(self._first_rows, row) - 1
         return int(self._first_chunks[block]) + (row - int(self._first_rows[block])) // self._chunk_rows
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[RowChunk, int, int]]:

@@ -205,7 +205,8 @@ class SourceConfig:
     kind: SourceKind = SourceKind.disk
     # Order of the rows: a function of this seed and the position.
     seed: int = 0
-    # Rows of all ranks together that are held in memory, as stored, to be mixed with one another.
+    # Rows of all ranks together that are held in memory to be mixed with one another: decoded on a CPU, as stored for a
+    # GPU.
     pool_rows: int = 16_384
     # Places of the store from which a batch takes its rows, equally many from each (fewer if they do not divide the
     # batch). Ranks that divide it read only their own bytes.

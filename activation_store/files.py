@@ -12,6 +12,8 @@ import numpy as np
 Pieces = np.ndarray[Any, np.dtype[np.uint64]]
 # preadv takes at most so many pieces on Linux.
 _IOV_MAX = 1024
+# Linux reads no more for one hint than the disk's read-ahead, and leaves out the rest: this is its default.
+_HINT_BYTES = 1 << 17
 # preadv fails at once instead of waiting for the disk.
 _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 
@@ -28,11 +30,18 @@ class OpenFile(Protocol):
     def size(self) -> int:
         """Bytes of the file."""
 
+    @property
+    def descriptor(self) -> int | None:
+        """Of the file itself, where there is one."""
+
     def read(self, offset: int, length: int) -> bytes:
         """So many bytes from `offset` on; fewer if the file ends before."""
 
     def read_pieces(self, pieces: Pieces, offset: int) -> bool:
         """Fills the pieces, one after another, from `offset` on; False if the file ends before. May change `pieces`."""
+
+    def at_hand(self, offset: int) -> bool:
+        """Whether no hint is needed for what is at `offset`."""
 
     def hint(self, offset: int, length: int) -> None:
         """Says what will be read soon."""
@@ -42,27 +51,31 @@ class LocalFile:
     """A file on disk; it is closed when nobody refers to it."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
         # At the end of the process, modules may be gone before.
-        if self._descriptor >= 0 and os is not None:
-            os.close(self._descriptor)
+        if self.descriptor >= 0 and os is not None:
+            os.close(self.descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._descriptor, length, offset)
+        return os.pread(self.descriptor, length, offset)
 
     def read_pieces(self, pieces: Pieces, offset: int) -> bool:
-        return read_descriptor(self._descriptor, pieces, offset)
+        return read_descriptor(self.descriptor, pieces, offset)
+
+    def at_hand(self, offset: int) -> bool:
+        # Where a hint would look up page by page what is there already.
+        with suppress(OSError):
+            return os.preadv(self.descriptor, [bytearray(1)], offset, _NO_WAIT) == 1
+        return False
 
     def hint(self, offset: int, length: int) -> None:
-        # What is there already would be looked up page by page.
-        with suppress(BlockingIOError):
-            os.preadv(self._descriptor, [bytearray(1)], offset, _NO_WAIT)
-            return
-        os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        for start in range(offset, offset + length, _HINT_BYTES):
+            size = min(_HINT_BYTES, offset + length - start)
+            os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
 
 def read_descriptor(descriptor: int, pieces: Pieces, offset: int) -> bool:

@@ -241,6 +241,9 @@ class ObjectStorage:
 class ObjectFile:
     """An object of which parts are read, by way of the cache if there is one: `activation_store.files.OpenFile`."""
 
+    # The cache may have any part, or none.
+    descriptor = None
+
     def __init__(
         self, storage: ObjectStorage, key: str, size: int, cache: FileCache | None, cached: CachedFile | None
     ) -> None:
@@ -264,8 +267,12 @@ class ObjectFile:
             copy_to_pieces(np.frombuffer(self._fetch(offset, stop), dtype=np.uint8), 0, pieces)
         return found is not False
 
+    def at_hand(self, offset: int) -> bool:
+        """Says so, for a hint would do nothing: the threads that read fetch several parts at once."""
+        return True
+
     def hint(self, offset: int, length: int) -> None:
-        """Nothing: the threads that read fetch several parts at once."""
+        """Does nothing."""
 
     def _from_cache(self, start: int, stop: int, read: Callable[[int], T]) -> T | None:
         """What `read` makes of the local copy, which has these bytes then; None if they are not to be kept there."""

@@ -11,6 +11,7 @@ Letters: B rows of a global batch, U used rows of the store, t place in a lane's
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -59,6 +60,9 @@ class _Part:
 class EpochLine:
     """The shuffled line of chunks of one epoch: place <-> chunk <-> position x of used rows."""
 
+    # bisect where numpy has searchsorted: that lets go of the interpreter, which threads that read would not give back
+    # at once.
+
     def __init__(self, ends: IntRows, *, seed: int, epoch: int) -> None:
         """`ends`: used rows before each chunk (chunks + 1,)."""
         self._ends, self._seed, self._epoch = ends, seed, epoch
@@ -73,12 +77,12 @@ class EpochLine:
 
     def place_of(self, x: int) -> int:
         """The place in the line of the chunk that holds position `x`."""
-        part = self._part(int(np.searchsorted(self._line_ends, x, side="right")))
-        return part.first_place + int(np.searchsorted(part.line_ends, x, side="right"))
+        part = self._part(bisect_right(self._line_ends, x))
+        return part.first_place + bisect_right(part.line_ends, x)
 
     def chunk_at(self, place: int) -> tuple[int, int, int]:
         """The chunk at a place, and the positions [start, stop) of its used rows."""
-        part = self._part(int(np.searchsorted(self._place_ends, place, side="right")))
+        part = self._part(bisect_right(self._place_ends, place))
         inside = place - part.first_place
         start = int(part.line_ends[inside - 1]) if inside else part.line_start
         return int(part.chunks[inside]), start, int(part.line_ends[inside])

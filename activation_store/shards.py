@@ -20,6 +20,7 @@ from activation_store.errors import UserError
 from activation_store.files import Pieces, copy_to_pieces
 from activation_store.layout import ArrayLayout
 from activation_store.places import Place, open_file
+from activation_store.scatter import Scatter
 
 NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
@@ -68,12 +69,8 @@ class ShardFile:
 
         The pieces of all chunks have equally many bytes. Raises DamagedShardError.
         """
-        index = self._index[first_slot : first_slot + len(pieces)]
-        plain = self._array.compression is Compression.none
-        wrong = index[:, 1] != self._array.chunk_bytes if plain else index[:, 1] == NO_CHUNK
-        if len(index) < len(pieces) or np.any(wrong):
-            raise self._damaged("a chunk of committed rows is not in its index")
-        if not plain:
+        index = self._entries(first_slot, len(pieces))
+        if self._array.compression is not Compression.none:
             for entry, wanted in zip(index, pieces, strict=True):
                 copy_to_pieces(self._decompressed(int(entry[0]), int(entry[1])), byte_start, wanted)
             return
@@ -83,9 +80,43 @@ class ShardFile:
             if not self._file.read_pieces(wanted, int(offsets[start])):
                 raise self._damaged("cut short")
 
-    def hint(self, first_slot: int, slots: int) -> None:
-        """Asks the system to bring inner chunks into the page cache."""
+    def scatter(self, first_slot: int, slots: int, first_row: int, target: Scatter, layer: int) -> None:
+        """Puts rows of `slots` inner chunks, from their row `first_row` on, where `target` says; the first is `layer`.
+
+        Raises DamagedShardError.
+        """
+        index = self._entries(first_slot, slots)
+        start = first_row * self._array.row_bytes
+        if self._array.compression is not Compression.none:
+            for number, entry in enumerate(index, layer):
+                target.put(self._decompressed(int(entry[0]), int(entry[1])), np.array([start]), number)
+            return
+        offsets = index[:, 0].astype(np.int64) + start
+        if self._file.descriptor is not None and target.from_file:
+            if not target.read(self._file.descriptor, offsets, layer):
+                raise self._damaged("cut short")
+            return
+        for first, last in _contiguous(offsets, target.source_bytes):
+            length = (last - first) * target.source_bytes
+            data = self._file.read(int(offsets[first]), length)
+            if len(data) < length:
+                raise self._damaged("cut short")
+            target.put(np.frombuffer(data, np.uint8), offsets[first:last] - offsets[first], layer + first)
+
+    def _entries(self, first_slot: int, slots: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Of inner chunks in the index, which has them. Raises DamagedShardError."""
         index = self._index[first_slot : first_slot + slots]
+        plain = self._array.compression is Compression.none
+        wrong = index[:, 1] != self._array.chunk_bytes if plain else index[:, 1] == NO_CHUNK
+        if len(index) < slots or np.any(wrong):
+            raise self._damaged("a chunk of committed rows is not in its index")
+        return index
+
+    def hint(self, first_slot: int, slots: int) -> None:
+        """Asks the system to bring inner chunks into the page cache, unless the first one is there."""
+        index = self._index[first_slot : first_slot + slots]
+        if not len(index) or (index[0, 1] != NO_CHUNK and self._file.at_hand(int(index[0, 0]))):
+            return
         index = index[index[:, 1] != NO_CHUNK]
         if len(index):
             start, stop = int(index[:, 0].min()), int(index.sum(1, dtype=np.uint64).max())

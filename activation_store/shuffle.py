@@ -69,8 +69,9 @@ class ShuffledBatches(BackgroundBatches):
             decoded=decoded,
             device=device,
         )
-        # As many as a pool reaches over, plus what is being read and filled, and what waits as stored.
-        held = -(-pool_rows // batch_size_tokens) + _READ_AHEAD + 3 + (0 if decoded else self._ready + 2)
+        # As many as a pool reaches over, plus what is being read and filled, and what waits as it was read.
+        waiting = self._ready + 2 if self._decodes_on_the_way or not decoded else 0
+        held = -(-pool_rows // batch_size_tokens) + _READ_AHEAD + 3 + waiting
         self._assembler = Assembler(
             store,
             self.order,
@@ -82,6 +83,7 @@ class ShuffledBatches(BackgroundBatches):
             ranks=ranks,
             first=start_batch,
             keep=held,
+            decoded=self._decodes_on_the_way,
         )
         self._thread.start()
 

@@ -93,9 +93,18 @@ def test_kernels_import_torch_numpy_and_compilers_at_most() -> None:
     assert _outside(_files("trainer/kernels"), ("trainer.kernels",), third) == []
 
 
-def test_numba_is_imported_by_the_compiled_cpu_backend_alone() -> None:
-    others = [file for file in _files("trainer") if "trainer/kernels/cpu/" not in file.as_posix()]
-    assert _offences([*others, *_files("activation_store"), *_files("launch")], ("numba", "llvmlite")) == []
+def test_numba_is_imported_by_the_compiled_cpu_backend_and_the_stores_reader_alone() -> None:
+    trainer = [file for file in _files("trainer") if "trainer/kernels/cpu/" not in file.as_posix()]
+    store = [file for file in _files("activation_store") if file.name != "scatter_compiled.py"]
+    assert _offences([*trainer, *store, *_files("launch")], ("numba", "llvmlite")) == []
+
+
+def test_the_compiled_reader_is_imported_when_it_is_needed() -> None:
+    """numba takes most of a second to import."""
+    file = ROOT / "activation_store/scatter.py"
+    top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "scatter_compiled" not in "".join(map(ast.dump, top))
+    assert _offences([f for f in _files("activation_store") if f != file], ("activation_store.scatter_compiled",)) == []
 
 
 def test_the_loss_and_the_model_know_no_engine_and_no_store() -> None:

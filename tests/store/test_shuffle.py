@@ -126,7 +126,8 @@ def test_memory_is_reused_only_when_nobody_holds_it(store: ActivationStore) -> N
         kept.clear()
         gc.collect()
         dropped = {next(batches).mlp_in.untyped_storage().data_ptr() for _ in range(60)}
-        assert len(dropped) <= 12
+        # Of both arrays: those that a pool reaches over, that are read ahead, that wait, and the consumer's.
+        assert len(dropped) <= 26
 
 
 @pytest.mark.parametrize("compression", list(Compression))

@@ -1,0 +1,130 @@
+"""Rows of a chunk to their places in batches, as stored or decoded: compiled where it can be, else by torch and numpy.
+
+Letters: L layers, R rows of the source (from the first one wanted to the last), B rows of a batch, D d_model.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from activation_store.codec import Encoded, decode, from_bits
+from activation_store.config import StoreDtype
+from activation_store.layout import ArrayLayout
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Offsets = np.ndarray[Any, np.dtype[np.int64]]
+# (first row of the source, rows, batch, its slot) of rows that stay together, (n, 4), in the order of the source.
+Runs = np.ndarray[Any, np.dtype[np.int64]]
+# Of a file that are read at a time: they stay in the cache of a processor's core until they are where they belong.
+_PIECE_BYTES = 1 << 18
+_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Where rows of an array go: run i to `columns[batch][layer, slot : slot + rows]`, each (L, B, *tail)."""
+
+    array: ArrayLayout
+    runs: Runs
+    # Of each batch: arrays of one shape, as stored or, to decode, float32.
+    columns: Sequence[np.ndarray[Any, Any]]
+    # The store's dtype, where the rows are to be decoded, and their scales (L, R) if it has any.
+    decoded: StoreDtype | None = None
+    scales: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.runs[-1, 0] + self.runs[-1, 1])
+
+    @property
+    def source_bytes(self) -> int:
+        """Of a layer's R rows."""
+        return self.rows * self.array.row_bytes
+
+    @property
+    def from_file(self) -> bool:
+        """Whether `read` can be used."""
+        return compiled(self.decoded) is not None
+
+    def read(self, descriptor: int, offsets: Offsets, layer: int) -> bool:
+        """Layers `layer`, `layer + 1`, ... from a file, where each one's R rows begin at its offset.
+
+        False if the file ends before. Raises OSError. Takes no memory but one piece.
+        """
+        memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
+        pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
+        # Of about the same size.
+        result = self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)
+        if result < -1:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        return result == 0
+
+    def put(self, data: Bytes, offsets: Offsets, layer: int) -> None:
+        """Layers `layer`, `layer + 1`, ... from memory that holds each one's R rows from its offset on."""
+        if compiled(self.decoded) is not None:
+            self._call(-1, data, 0, offsets, layer)
+            return
+        for number, offset in enumerate(offsets.tolist(), layer):
+            # A copy: bytes are not writable, as torch wants them, and may lie at any address.
+            stored = data[offset : offset + self.source_bytes].copy().view(self.array.dtype)
+            self._put_plain(stored.reshape(self.rows, *self.array.tail_shape), number)
+
+    def _put_plain(self, values_RD: np.ndarray[Any, Any], layer: int) -> None:
+        if self.decoded is not None:
+            scale = None if self.scales is None else torch.from_numpy(self.scales[layer])
+            values_RD = decode(Encoded(from_bits(values_RD, self.decoded), scale)).numpy()
+        for first, rows, batch, slot in self.runs.tolist():
+            self.columns[batch][layer, slot : slot + rows] = values_RD[first : first + rows]
+
+    def _call(self, descriptor: int, source: Bytes, piece_rows: int, offsets: Offsets, layer: int) -> int:
+        native = compiled(self.decoded)
+        assert native is not None
+        columns, array = self.columns, self.array
+        stride, out_bytes = columns[0].strides[:2]
+        # Not `ctypes.data`, which makes an object each time.
+        bases = np.array([column.__array_interface__["data"][0] for column in columns], dtype=np.int64)
+        runs = np.empty((len(self.runs), 3), dtype=np.int64)
+        runs[:, :2] = self.runs[:, :2]
+        runs[:, 2] = bases[self.runs[:, 2]] + self.runs[:, 3] * out_bytes + layer * stride
+        scales = 0 if self.scales is None else self.scales[layer:].ctypes.data
+        # In the order of scatter_compiled's DESCRIPTOR, SOURCE, ...
+        block = np.array(
+            [
+                descriptor, source.ctypes.data, piece_rows, len(offsets), offsets.ctypes.data, len(runs),
+                runs.ctypes.data, stride, array.row_bytes // array.dtype.itemsize, array.row_bytes, out_bytes,
+                native.Form[(self.decoded or StoreDtype.float32).value], scales, self.rows,
+            ],
+            dtype=np.int64,
+        )  # fmt: skip
+        function: Callable[[int], int] = native.scatter()
+        return function(block.ctypes.data)
+
+
+@lru_cache(maxsize=8)
+def compiled(decoded: StoreDtype | None) -> ModuleType | None:
+    """The compiled module, where it can be had for what is to be decoded; both ways give the same numbers."""
+    if find_spec("numba") is None:
+        return None
+    from activation_store import scatter_compiled
+
+    needs_half = decoded in (StoreDtype.float16, StoreDtype.float8_e4m3)
+    return None if needs_half and not scatter_compiled.widens_half() else scatter_compiled
+
+
+def _piece(size: int) -> Bytes:
+    """This thread's memory for a piece of a file."""
+    memory: Bytes | None = getattr(_thread, "memory", None)
+    if memory is None or len(memory) < size:
+        memory = _thread.memory = np.empty(size, dtype=np.uint8)
+    return memory

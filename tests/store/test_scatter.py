@@ -1,0 +1,191 @@
+"""Rows to their places, compiled and not: the same bits, nothing else touched, and damage said in one line."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from activation_store import scatter
+from activation_store.codec import has_scale
+from activation_store.config import Compression, StoreDtype
+from activation_store.errors import UserError
+from activation_store.files import LocalFile
+from activation_store.layout import StoreLayout
+from activation_store.scatter import Scatter
+from activation_store.shuffle import ShuffledBatches
+from tests.store.making import manifest, random_rows, write_store
+
+UNTOUCHED = 0x5A
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    """As where nothing can be compiled."""
+    with patch.object(scatter, "compiled", lambda _: None):
+        yield
+
+
+class Case:
+    """Random bits of rows, and runs that leave some of them out and put the others anywhere in some batches."""
+
+    def __init__(self, dtype: StoreDtype, *, width: int, rows: int, layers: int, decoded: bool, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.array = StoreLayout(layers, width, dtype, chunk_rows=rows, shard_rows=rows).activations("mlp_in")
+        self.stored = rng.integers(0, 256, (layers, rows, self.array.row_bytes), dtype=np.uint8)
+        # Zeros, denormals, infinities, NaN, and the numbers beside them.
+        special = np.array(
+            [0, 0x8000, 1, 0x83FF, 0x0400, 0x7C00, 0xFC00, 0x7E01, 0x7F80, 0x7FC0, 0x7BFF, 0x80], np.uint16
+        )
+        if self.array.row_bytes >= 2:
+            halves = self.stored[..., : self.array.row_bytes // 2 * 2].view(np.uint16)
+            np.putmask(halves, rng.random(halves.shape) < 0.3, rng.choice(special, halves.shape))
+        cuts = np.unique([0, rows, *rng.integers(0, rows + 1, int(rng.integers(0, 8)))])
+        kept = [(int(a), int(b - a)) for a, b in pairwise(cuts) if rng.random() < 0.8]
+        batches, share = 2, 2 * rows + 3
+        self.runs = np.array([[first, size, i % batches, 0] for i, (first, size) in enumerate(kept or [(0, 1)])])
+        for batch in range(batches):
+            mine = np.flatnonzero(self.runs[:, 2] == batch)
+            mine = mine[rng.permutation(len(mine))]
+            self.runs[mine, 3] = int(rng.integers(0, 3)) + np.cumsum(self.runs[mine, 1]) - self.runs[mine, 1]
+        self.shape = (batches, layers, share, width)
+        self.out_dtype = np.dtype(np.float32) if decoded else self.array.dtype
+        self.decoded = dtype if decoded else None
+        scaled = decoded and has_scale(dtype)
+        wanted = int(self.runs[-1, :2].sum())
+        self.scales = rng.normal(size=(layers, wanted)).astype(np.float32) if scaled else None
+
+    def filled(self, pad: int) -> tuple[Scatter, np.ndarray]:
+        """Untouched memory at any address, and what fills it."""
+        size = int(np.prod(self.shape)) * self.out_dtype.itemsize
+        memory = np.full(size + 64, UNTOUCHED, dtype=np.uint8)[pad * self.out_dtype.itemsize :][:size]
+        batches = memory.view(self.out_dtype).reshape(self.shape)
+        return Scatter(self.array, self.runs, list(batches), self.decoded, self.scales), memory
+
+
+def same_numbers(a: np.ndarray, b: np.ndarray, *, decoded: bool) -> bool:
+    """Bit for bit; but of a NaN, which torch and the processor may each write in their own way."""
+    if not decoded:
+        return np.array_equal(a, b)
+    x, y = a.view(np.float32), b.view(np.float32)
+    return np.array_equal(np.where(np.isnan(x), 0, x.view(np.int32)), np.where(np.isnan(y), 0, y.view(np.int32)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    dtype=st.sampled_from(list(StoreDtype)), width=st.integers(1, 70), rows=st.integers(1, 20),
+    layers=st.integers(1, 3), decoded=st.booleans(), pad=st.integers(0, 16), piece=st.integers(1, 600),
+    seed=st.integers(0, 2**32), from_layer=st.integers(0, 2),
+)  # fmt: skip
+def test_compiled_and_plain_give_the_same_bits(
+    dtype: StoreDtype, width: int, rows: int, layers: int, decoded: bool, pad: int, piece: int, seed: int,
+    from_layer: int,
+) -> None:  # fmt: skip
+    case = Case(dtype, width=width, rows=rows, layers=layers, decoded=decoded, seed=seed)
+    layer = min(from_layer, layers - 1)
+    gap, size = seed % 5, case.stored[0].nbytes
+    data = b"".join(b"x" * gap + part.tobytes() for part in case.stored[layer:])
+    offsets = gap + np.arange(layers - layer) * (gap + size)
+    (target, expected), (by_file, from_file), (by_memory, from_memory) = (case.filled(p) for p in (0, pad, pad))
+    with patch.object(scatter, "compiled", lambda _: None):
+        target.put(np.frombuffer(data, np.uint8), offsets, layer)
+    by_memory.put(np.frombuffer(data, np.uint8), offsets, layer)
+    asked = max(piece, case.array.row_bytes)
+    guard = np.full(asked + case.array.row_bytes, UNTOUCHED, dtype=np.uint8)
+    with tempfile.TemporaryFile() as file, patch.object(scatter, "_piece", lambda size: guard[:size]):
+        file.write(data)
+        file.flush()
+        with patch.object(scatter, "_PIECE_BYTES", piece):
+            assert by_file.read(file.fileno(), offsets, layer)
+    assert (guard[asked:] == UNTOUCHED).all()
+    assert same_numbers(from_memory, expected, decoded=decoded)
+    assert same_numbers(from_file, expected, decoded=decoded)
+    # The runs and nothing else.
+    put = sum(int(size) for size in case.runs[:, 1]) * (layers - layer)
+    untouched = (from_file.reshape(*case.shape[:3], -1) == UNTOUCHED).all(-1).sum()
+    assert untouched >= np.prod(case.shape[:3]) - put
+
+
+def test_a_file_that_ends_and_one_that_cannot_be_read(tmp_path: Path) -> None:
+    case = Case(StoreDtype.float16, width=9, rows=6, layers=2, decoded=True, seed=1)
+    case.runs = np.array([[0, 6, 0, 0]])
+    (tmp_path / "file").write_bytes(case.stored.tobytes()[:-1])
+    target, _ = case.filled(0)
+    offsets = np.array([0, case.stored[0].nbytes])
+    file = LocalFile(tmp_path / "file")
+    assert not target.read(file.descriptor, offsets, 0)
+    assert target.read(file.descriptor, offsets[:1], 0)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match="directory") as raised:
+        target.read(folder, offsets, 0)
+    assert raised.value.errno == errno.EISDIR
+    os.close(folder)
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+@pytest.mark.parametrize("how", ["compiled", "plain"])
+def test_a_shard_cut_short_after_it_was_opened(
+    tmp_path: Path, decoded: bool, how: str, request: pytest.FixtureRequest
+) -> None:
+    if how == "plain":
+        request.getfixturevalue("plain")
+    begun = manifest(chunk_rows=8, shard_rows=256)
+    store = write_store(tmp_path, begun, [random_rows(256, begun, 0)], pieces=256)
+    with ShuffledBatches(store, batch_size_tokens=16, pool_rows=16, prefetch_bytes=0, decoded=decoded) as batches:
+        next(batches)
+        os.truncate(tmp_path / "mlp_out" / "c" / "0" / "0" / "0", 100)
+        with pytest.raises(UserError, match=r"mlp_out/c/0/0/0 is damaged \(cut short\); .* layerloom store verify"):
+            list(islice(batches, 40))
+
+
+@pytest.mark.parametrize("compression", [Compression.none, Compression.lz4])
+@pytest.mark.parametrize("dtype", list(StoreDtype))
+def test_batches_are_the_same_where_nothing_can_be_compiled(
+    tmp_path: Path, dtype: StoreDtype, compression: Compression, request: pytest.FixtureRequest
+) -> None:
+    begun = manifest(dtype=dtype, compression=compression, d_model=21, chunk_rows=8, shard_rows=16)
+    store = write_store(tmp_path, begun, [random_rows(90, begun, 0)], pieces=90)
+
+    def read(*, decoded: bool) -> list[np.ndarray]:
+        options = {"batch_size_tokens": 24, "pool_rows": 32, "run_rows": 2, "layers": [2, 0], "threads": 2}
+        with ShuffledBatches(store, **options, decoded=decoded) as batches:
+            taken = [next(batches) for _ in range(8)]
+        # bfloat16 and float8 are no dtypes of numpy.
+        return [x.float().numpy() for batch in taken for x in (batch.mlp_in, batch.mlp_out, batch.rows)]
+
+    compiled = [read(decoded=decoded) for decoded in (True, False)]
+    request.getfixturevalue("plain")
+    for found, decoded in zip(compiled, (True, False), strict=True):
+        for a, b in zip(found, read(decoded=decoded), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_hints_are_no_longer_than_the_system_reads_for_one(tmp_path: Path) -> None:
+    """Of a longer one, Linux leaves the rest out: that would be read late, behind all that was hinted."""
+    (tmp_path / "file").write_bytes(bytes(1_000_000))
+    asked: list[tuple[int, int]] = []
+    file = LocalFile(tmp_path / "file")
+    with patch.object(os, "posix_fadvise", lambda _, offset, length, __: asked.append((offset, length))):
+        file.hint(1_000, 400_001)
+    assert max(length for _, length in asked) == 1 << 17
+    assert asked[0][0] == 1_000
+    assert [offset + length for offset, length in asked[:-1]] == [offset for offset, _ in asked[1:]]
+    assert sum(asked[-1]) == 401_001
+    assert file.at_hand(5_000)
+    assert not file.at_hand(2_000_000)
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(StoreDtype.float16, False), (StoreDtype.bfloat16, True), (None, True)])
+def test_half_is_compiled_only_where_the_processor_converts_it(dtype: StoreDtype | None, fits: bool) -> None:
+    from activation_store import scatter_compiled
+
+    with patch.object(scatter_compiled, "widens_half", lambda: False):
+        found = scatter.compiled.__wrapped__(dtype)
+    assert (found is scatter_compiled) is fits
