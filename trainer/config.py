@@ -42,7 +42,7 @@ class ModelConfig:
     """The cross-layer transcoder's shape, scaling and initialisation."""
 
     # Features of each source layer.
-    n_features: int = 512
+    n_features: int = 768
     # Target layers of a source: cross_layer (CLT) or per_layer (PLT).
     span: Span = Span.cross_layer
     # Adds W_skip[t] mlp_in[t] to the reconstruction of layer t.

@@ -41,7 +41,7 @@ def test_the_defaults_obey_every_rule(verb: str) -> None:
         ("harvest", {"store.outlier_factor": 0.5}, ["store.outlier_factor=0.5"]),
         ("harvest", {"launch.threads": -1}, ["launch.threads=-1"]),
         ("harvest", {"store.path": " "}, ["store.path is empty"]),
-        ("train", {"activation.k": 2048}, ["activation.k=2048", "model.n_features=512"]),
+        ("train", {"activation.k": 2048}, ["activation.k=2048", "model.n_features=768"]),
         ("train", {"run": "a/../b", "store.path": "b"}, ["run", "store.path"]),
         ("publish", {"run": "x", "output": "./x"}, ["output and run"]),
         ("demo", {"eval.documents": 25}, ["eval.documents=25", "text.held_out_documents=24"]),

@@ -17,7 +17,7 @@ BROKEN = [
     ({"model.encoder_init_scale": 0.0}, "encoder_init_scale"),
     ({"model.initial_density": 1.0}, "initial_density=1.0"),
     ({"store.layer_start": 3, "store.layer_stop": 3}, "store.layer_stop=3"),
-    ({"activation.k": 2000}, "activation.k=2000 .* model.n_features=512"),
+    ({"activation.k": 2000}, "activation.k=2000 .* model.n_features=768"),
     ({"activation.k": 0}, "activation.k=0"),
     ({"activation.k_start": 4, "activation.k_anneal_fraction": 0.5}, "activation.k_start=4"),
     ({"activation.k_start": 64}, "k_anneal_fraction=0"),

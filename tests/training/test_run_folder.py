@@ -74,7 +74,7 @@ def test_another_config_is_refused_by_naming_the_difference(tmp_path: Path) -> N
     RunFolder(tmp_path).start(_config(tmp_path))
     config = _config(tmp_path)
     config.model.n_features = 2048
-    with pytest.raises(UserError, match=r"model.n_features: 512 there, 2048 asked for; .*train.fresh=true"):
+    with pytest.raises(UserError, match=r"model.n_features: 768 there, 2048 asked for; .*train.fresh=true"):
         RunFolder(tmp_path).check(config)
     config.optim.lr = 1.0
     with pytest.raises(UserError, match="and 1 more"):
