@@ -1,5 +1,5 @@
 # make demo: set-up, then text -> activations -> a trained transcoder -> its measured quality -> a published folder.
-# make test: set-up, then lint, types and every test.
+# make test: set-up, then lint, types and every test but the matrix.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -77,17 +77,20 @@ def capture_rows(batch: PackedContexts, runner: BlockRunner, names: dict[int, st
 
 def _non_finite(where: str, values_D: Tensor, runner: BlockRunner) -> UserError:
     """The error for a row that is not finite as stored, from its values as captured."""
+    path, dtype = runner.store.path, runner.subject.dtype
     if torch.isfinite(values_D).all():
         return UserError(
             f"{where} reaches {float(values_D.abs().max()):.6g}, more than store.dtype={runner.store.dtype.value} can "
-            f"hold; use store.dtype=bfloat16 and a new store.path: layerloom harvest ... store.dtype=bfloat16 "
-            f"store.path={runner.store.path}_bfloat16"
+            f"hold; committed windows stay: use store.dtype=bfloat16 and a new store.path: layerloom harvest ... "
+            f"store.dtype=bfloat16 store.path={path}_bfloat16"
         )
-    if runner.subject.dtype is Dtype.float32:
-        return UserError(f"{where} is not finite in the subject itself; use other text or another subject")
+    if dtype is Dtype.float32:
+        return UserError(
+            f"{where} is not finite in the subject itself; committed windows stay: use other text or another subject"
+        )
     return UserError(
-        f"{where} is not finite in the subject run in {runner.subject.dtype.value}; use subject.dtype=float32 and a "
-        f"new store.path: layerloom harvest ... subject.dtype=float32 store.path={runner.store.path}_float32"
+        f"{where} is not finite in the subject run in {dtype.value}; committed windows stay: use subject.dtype=float32 "
+        f"and a new store.path: layerloom harvest ... subject.dtype=float32 store.path={path}_float32"
     )
 
 

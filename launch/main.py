@@ -22,11 +22,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of several processes of one job (a mesh), the first one speaks where all would say the same.
     """
     words = sys.argv[1:] if argv is None else argv
-    if list(words[:1]) != ["train"]:
+    # Options may come before the verb; what is wrong with the words is told below.
+    verb = next((word for word in words if word in VERBS), "")
+    if verb == "harvest":
+        # Each process harvests what no other has claimed: any number of them, launched in any way.
         return _told(words, speaks=True)
     adopt_launcher()
     if process_count() == 1:
         return _told(words, speaks=True)
+    if verb and verb != "train":
+        if is_first_process():
+            told = f"{verb} is for one process, and {process_count()} were started; start it without torchrun or srun"
+            print(f"layerloom: {told}", file=sys.stderr)
+        return EXIT_USER_ERROR
     sys.excepthook = _end_at_once
     code = _told(words, speaks=is_first_process())
     if code != 0:

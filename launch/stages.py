@@ -73,16 +73,16 @@ _ANY_MESH = ("parallel", "engine")
 
 
 def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig:
-    """`layerloom train run=DIR [train.fresh=true]` and no more about the run: its own settings are taken.
+    """`layerloom train run=DIR` and no more about the run: its own settings are taken.
 
-    Mesh and engine may be others: they are what the words say, and the run's where they say nothing.
+    What a run may go on with otherwise (FREE_FIELDS) is what the words say, and the run's where they say nothing.
     """
-    from trainer.run_folder import RunFolder, load_config
+    from trainer.run_folder import FREE_FIELDS, RunFolder, load_config
 
     words = parse_overrides(arguments.overrides)
     keys = [str(word.key_or_group) for word in words]
     about_this_call = all(
-        key in ("device", "train.fresh") or key.split(".")[0] in ("run", "log", "launch", *_ANY_MESH) for key in keys
+        key in FREE_FIELDS or key.split(".")[0] in ("run", "log", "launch", *_ANY_MESH) for key in keys
     )
     if "run" not in keys or not about_this_call or not RunFolder(config.run).exists():
         return config
@@ -95,8 +95,10 @@ def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig
         named = [name for key in keys if (name := key.removeprefix(f"{group}.")) != key]
         told_of = {name: getattr(getattr(config, group), name) for name in named}
         told[group] = getattr(config, group) if group in keys else replace(getattr(there, group), **told_of)
-    if "train.fresh" in keys:
-        told["train"] = replace(there.train, fresh=config.train.fresh)
+    for key in keys:
+        group, _, name = key.partition(".")
+        if name and key in FREE_FIELDS:
+            told[group] = replace(told.get(group, kept[group]), **{name: getattr(getattr(config, group), name)})
     return replace(config, **{**kept, **told})
 
 

@@ -97,7 +97,7 @@ class ActivationConfig:
     # The activation function.
     kind: ActivationKind = ActivationKind.topk
     # Active features per token and layer (topk, batchtopk).
-    k: int = 8
+    k: int = 16
     # k falls linearly from this to k over `k_anneal_fraction` of the steps; 0: constant.
     k_start: int = 0
     k_anneal_fraction: float = 0.0

@@ -19,6 +19,7 @@ from trainer.loop import Loop
 from trainer.memory import freed_memory_kept
 from trainer.metrics import check_wandb, read_metrics
 from trainer.parallel.agreement import Agreement, lost_peers_told
+from trainer.parallel.engine import check_engine
 from trainer.parallel.mesh import Mesh, open_mesh, rank_device
 from trainer.parallel.split import SplitChoice, choose_split
 from trainer.reproducibility import deterministic
@@ -70,6 +71,7 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
     agreement, folder = Agreement(mesh), RunFolder(config.run)
     with agreement.together():
         folder.check(config)
+        check_engine(config.engine.kind)
         source = open_source(config)
         spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
         kernels = choose_kernels(config, spec, device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare_commits
 from benchmarks.compare_commits import RUNS
 
 ROOT = Path(__file__).parents[2]
@@ -15,6 +16,16 @@ SCRIPT = ROOT / "benchmarks/compare_commits.py"
 def test_every_activation_is_compared() -> None:
     words = " ".join(word for overrides in RUNS.values() for word in overrides)
     assert [kind for kind in ("topk", "batchtopk", "jumprelu", "relu") if f"activation={kind}" not in words] == []
+
+
+def test_a_difference_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = iter([{"store": "a" * 64, "topk": "b" * 64}, {"store": "a" * 64, "topk": "c" * 64}])
+    monkeypatch.setattr(compare_commits, "_hashes", lambda *_: next(found))
+    monkeypatch.setattr(compare_commits, "_make_inputs", lambda folder: (folder, folder))
+    monkeypatch.setattr("sys.argv", ["compare_commits", ".", "."])
+    assert compare_commits.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["identical", "DIFFERENT"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from launch.compose import compose_config
 from launch.help_page import page
 from trainer.rows import harvest_settings
+from trainer.run_folder import FREE_FIELDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,3 +43,10 @@ def test_the_tour_of_the_readme_trains_on_what_it_harvests() -> None:
             assert (config.subject, harvest_settings(config), config.text.path) == wanted, verb
             compared += 1
     assert compared == 2
+
+
+def test_train_page_names_what_may_differ_between_calls() -> None:
+    text = (ROOT / "docs/train.md").read_text(encoding="utf-8")
+    told = text.split("What weights do not depend on may differ between calls")[1].split("Anything else")[0]
+    words = set(re.findall(r"\w+", told))
+    assert [field for field in FREE_FIELDS if not set(field.split(".")) <= words] == []

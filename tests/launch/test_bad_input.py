@@ -11,6 +11,7 @@ import wandb
 from launch.main import main
 from tests.job import Job, snapshot, working_in
 from tests.tiny import tiny_subject_folder
+from trainer.parallel import engine
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +128,14 @@ def test_train_refuses_wandb_without_a_login(
     monkeypatch.setattr(wandb, "login", nobody)
     words = job.words_with(run="new", log="wandb")
     _refused(capfd, place, ["train", *words], "log.wandb=online: No API key", "wandb login", "log=wandb_offline")
+
+
+def test_train_refuses_an_engine_that_is_not_installed(
+    job: Job, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    words = job.words_with(run="new", engine="deepspeed")
+    _refused(capfd, place, ["train", *words], "engine=deepspeed", "not installed", "engine=plain")
 
 
 def test_train_refuses_a_store_of_another_subject(

@@ -15,7 +15,7 @@ from launch.compose import compose_node, to_config
 from launch.knobs import knobs
 from launch.main import main
 from launch.verbs import VERBS
-from trainer.config import ModelConfig, ParallelConfig, RunConfig
+from trainer.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.run_folder import save_config
 
 ROOT = Path(__file__).parents[2]
@@ -188,3 +188,33 @@ def test_another_mesh_is_told_alone_and_the_rest_is_the_runs_own(tmp_path: Path)
         config = stages._continued(to_config(compose_node(arguments.overrides, None, verb="train")), arguments)
         assert config.model.n_features == 72
         assert (config.parallel.data, config.parallel.feature) == mesh
+
+
+def test_what_weights_do_not_depend_on_is_told_alone_too(tmp_path: Path) -> None:
+    save_config(tmp_path, RunConfig(model=ModelConfig(n_features=72), train=TrainConfig(tokens=640, log_every=7)))
+    words = ["train.profile=true", "source.threads=3", "store.path=elsewhere"]
+    arguments = parse_arguments(["train", f"run={tmp_path}", *words])
+    config = stages._continued(to_config(compose_node(arguments.overrides, None, verb="train")), arguments)
+    assert (config.model.n_features, config.train.tokens, config.train.log_every) == (72, 640, 7)
+    assert (config.train.profile, config.source.threads, config.store.path) == (True, 3, "elsewhere")
+
+
+@pytest.mark.parametrize("words", [["evaluate", "run=r"], ["publish"], ["demo"], ["store", "info", "s"]])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_for_one_process_is_refused_under_several(
+    words: list[str], rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert main(words) == 2
+    told = f"layerloom: {words[0]} is for one process, and 2 were started; start it without torchrun or srun\n"
+    assert capsys.readouterr().err == (told if rank == 0 else "")
+
+
+def test_options_may_come_before_the_verb_of_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended: list[int] = []
+    monkeypatch.setattr("launch.main._end", ended.append)
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    assert main(["--config-dir", str(tmp_path), "train", "no.such=1"]) == 2
+    assert ended == [2]

@@ -243,8 +243,14 @@ def poisoned(configs: Configs, folder: Path, tiny_text: Path, value: float) -> t
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), "is not finite in the subject itself; use other text or another subject"),
-        (1e6, "reaches .*, more than store.dtype=float16 can hold; use store.dtype=bfloat16 and a new store.path"),
+        (
+            float("nan"),
+            "is not finite in the subject itself; committed windows stay: use other text",
+        ),
+        (
+            1e6,
+            "reaches .*, more than store.dtype=float16 can hold; committed windows stay: use store.dtype=bfloat16",
+        ),
     ],
 )
 def test_a_non_finite_activation_names_document_and_layer(
@@ -358,7 +364,8 @@ def test_a_harvest_killed_many_times_resumes_to_the_same_bytes(configs: Configs)
 
 def test_ctrl_c_says_how_to_continue(configs: Configs, folder: Path) -> None:
     store = Path(configs[2].path)
-    slow = changed(configs, text={"documents_per_block": 2}, store={"batch_contexts": 1})
+    store_words = {"tokens": 1500, "held_out_tokens": 60, "batch_contexts": 1}
+    slow = changed(configs, text={"documents_per_block": 2}, store=store_words)
     process = harvest_in_child(slow, stderr=folder / "stderr")
     assert wait_for((store / "commits" / "00000001.json").exists, process)
     assert process.pid is not None

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -82,12 +83,17 @@ class TracksRuns(Protocol):
         """The wandb run. options: of `wandb.init`, beside project and config. On the first process alone."""
 
 
-def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | None = None) -> Engine:
-    """The engine that `engine.kind` names, for a model that is on its device and of this rank's partition.
+def check_engine(kind: EngineKind) -> None:
+    """Raises UserError where the engine's library is not installed: before anything is written."""
+    if kind is EngineKind.deepspeed and find_spec("deepspeed") is None:
+        raise UserError(
+            "engine=deepspeed: deepspeed is not installed; `DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed` "
+            "installs it, or use engine=plain"
+        )
 
-    Raises:
-        UserError: the library of the engine is not installed.
-    """
+
+def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | None = None) -> Engine:
+    """The engine that `engine.kind` names, for a model that is on its device and of this rank's partition."""
     mesh, kind = mesh if mesh is not None else Mesh(), config.engine.kind
     # Imported when asked for: an engine's library is slow to import, or not installed.
     if kind is EngineKind.fsdp and mesh.data.size > 1:
@@ -101,13 +107,8 @@ def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | No
     if kind is EngineKind.deepspeed:
         # Read when it is first imported; else it looks for devices, and for a compiler for them.
         os.environ.setdefault("DS_ACCELERATOR", model.threshold_LF.device.type)
-        try:
-            from trainer.parallel.deepspeed_engine import DeepSpeedEngine
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"engine=deepspeed: {error.name} is not installed; `DS_BUILD_OPS=0 pip install --no-build-isolation "
-                "deepspeed` installs it, or use engine=plain"
-            ) from error
+        from trainer.parallel.deepspeed_engine import DeepSpeedEngine
+
         return DeepSpeedEngine(config, model, mesh)
     from trainer.parallel.plain import PlainEngine
 
