@@ -24,8 +24,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 # (first row of the source, rows, batch, its slot) of rows that stay together, (n, 4), in the order of the source.
 Runs = np.ndarray[Any, np.dtype[np.int64]]
-# Of a file that are read at a time: they stay in the cache of a processor's core until they are where they belong.
-_PIECE_BYTES = 1 << 18
+# Of a file that are read at a time: they stay in the cache of a processor's core until they are where they belong. A
+# layer of a default chunk of 16 bits fits up to a width of 640.
+_PIECE_BYTES = 5 << 16
+_PAGE_BYTES = 4096
 _thread = threading.local()
 
 
@@ -126,5 +128,7 @@ def _piece(size: int) -> Bytes:
     """This thread's memory for a piece of a file."""
     memory: Bytes | None = getattr(_thread, "memory", None)
     if memory is None or len(memory) < size:
-        memory = _thread.memory = np.empty(size, dtype=np.uint8)
+        # The system copies faster to the beginning of a page.
+        memory = np.empty(size + _PAGE_BYTES, dtype=np.uint8)
+        memory = _thread.memory = memory[-memory.ctypes.data % _PAGE_BYTES :][:size]
     return memory

@@ -176,10 +176,8 @@ def memory_map(store: ActivationStore, threads: int) -> Rate:
 
 
 def decode_flat(values: np.ndarray, out: np.ndarray) -> None:
-    """float16 to float32 with torch, in pieces that it does not split over threads."""
-    source, target = torch.from_numpy(values), torch.from_numpy(out)
-    for start in range(0, len(values), 32_767):
-        target[start : start + 32_767].copy_(source[start : start + 32_767])
+    """float16 to float32 with torch, on one thread; in one call, which is faster than in pieces."""
+    torch.from_numpy(out).copy_(torch.from_numpy(values))
 
 
 def zarr_blocks(store: ActivationStore, threads: int, share: float) -> Rate:
