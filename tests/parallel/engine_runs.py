@@ -3,7 +3,6 @@
 Legend: B tokens of a global microbatch, L layers, D d_model, F features of a layer.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,17 +112,35 @@ def assemble(ranks: Sequence[Pieces]) -> dict[str, Tensor]:
 
 
 def smallest_gap(case: Case) -> float:
-    """The smallest difference, over the serial run's steps, tokens and layers, between the last selected
-    pre-activation and the first that is not (topk).
+    """How near, over the serial run's steps, a selection comes to another: the smallest difference between the last
+    selected pre-activation and the first that is not (topk, batchtopk), or of a pre-activation from its threshold and
+    the ends of its band (relu, jumprelu). Without AuxK, which selects for itself.
     """
     gaps: list[float] = []
 
     def look(model: CrossLayerTranscoder, microbatches: Sequence[ActivationBatch]) -> None:
-        for batch, layer in itertools.product(microbatches, range(L)):
-            best_Bk = model.pre_activations(layer, batch.mlp_in[:, layer]).topk(K + 1, dim=1).values
-            gaps.append(float((best_Bk[:, K - 1] - best_Bk[:, K]).min()))
+        gaps.extend(
+            _gap(model, [model.pre_activations(n, batch.mlp_in[:, n]) for n in range(L)]) for batch in microbatches
+        )
 
     run_serial(case, look)
+    return min(gaps)
+
+
+def _gap(model: CrossLayerTranscoder, pre_LBF: list[Tensor]) -> float:
+    spec = model.spec
+    if not spec.is_topk:
+        logs = [layer.log_threshold for layer in model.source_layers]
+        thetas = [0.0 if log is None else log.detach().exp() for log in logs]
+        away = [(pre - theta).abs() for pre, theta in zip(pre_LBF, thetas, strict=True)]
+        ends = [] if spec.kind == "relu" else [(from_threshold - spec.bandwidth / 2).abs() for from_threshold in away]
+        return min(float(distance.min()) for distance in away + ends)
+    over, k = (pre_LBF, K) if spec.scope == "layer" else ([torch.cat(pre_LBF, dim=1)], K * L)
+    gaps = []
+    for pre_BF in over:
+        rows, count = (pre_BF, k) if spec.kind == "topk" else (pre_BF.reshape(1, -1), k * len(pre_BF))
+        best = rows.topk(count + 1, dim=1).values
+        gaps.append(float((best[:, -2] - best[:, -1]).min()))
     return min(gaps)
 
 
@@ -171,7 +188,7 @@ def _model(case: Case, config: RunConfig, mesh: Mesh) -> CrossLayerTranscoder:
     spec = ModelSpec(
         n_layers=L,
         d_model=D,
-        n_features=F,
+        n_features=config.model.n_features,
         k=K,
         span=config.model.span.value,
         score=config.activation.score.value,

@@ -52,7 +52,8 @@ def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
 def case_of(engine: Mapping[str, Any], words: Mapping[str, Any] = TOPK, **values: Any) -> Case:
     """In float64; DeepSpeed, which has none, in float32."""
     single = engine["engine.kind"] == "deepspeed"
-    return Case(words={**words, **engine}, dtype=torch.float32 if single else torch.float64, seed=SEED, **values)
+    dtype = torch.float32 if single else torch.float64
+    return Case(**{"words": {**words, **engine}, "dtype": dtype, "seed": SEED, **values})
 
 
 def check(processes: Processes, case: Case, data: int, feature: int, tolerance: float | None = None) -> None:
@@ -170,3 +171,24 @@ def test_every_stage_of_zero_on_every_mesh(
 ) -> None:
     processes = two_ranks if mesh == (2, 1) else four_ranks
     check(processes, case_of(ENGINES[engine], {**TOPK, "parallel.decoder_split": split}, microbatches=2), *mesh)
+
+
+# DeepSpeed has no float64. Where a threshold selects, the fewer features there are, the fewer come near it.
+_FEW: dict[str, Any] = {**TOPK, "model.n_features": 8}
+ZERO_ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "topk over layers": (0, ACTIVATIONS["topk over layers"]),
+    "batchtopk": (0, {**TOPK, "activation.kind": "batchtopk"}),
+    "relu": (2, {**_FEW, **ACTIVATIONS["relu"]}),
+    "jumprelu": (3, {**_FEW, **ACTIVATIONS["jumprelu"]}),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("data", [4, 2])
+@pytest.mark.parametrize("activation", ZERO_ACTIVATIONS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_of_zero_with_every_activation(
+    four_ranks: Processes, stage: int, activation: str, data: int
+) -> None:
+    seed, words = ZERO_ACTIVATIONS[activation]
+    check(four_ranks, case_of(zero(stage), words, seed=seed), data, 4 // data)
