@@ -192,3 +192,9 @@ def test_every_stage_of_zero_with_every_activation(
 ) -> None:
     seed, words = ZERO_ACTIVATIONS[activation]
     check(four_ranks, case_of(zero(stage), words, seed=seed), data, 4 // data)
+
+
+def test_ranks_with_other_layers_dense_sum_the_same_gradients(four_ranks: Processes) -> None:
+    """A layer's density is that of a rank's own tokens, and the order in which gradients come hangs on it."""
+    seed, words = ZERO_ACTIVATIONS["batchtopk"]
+    check(four_ranks, case_of(zero(2), words, seed=seed), 4, 1)

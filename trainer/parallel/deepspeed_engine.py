@@ -113,6 +113,8 @@ class DeepSpeedEngine:
             self._inner.state[flat] = {"step": torch.zeros(())} | {key: torch.zeros_like(flat) for key in _MOMENTS}
         if self._stage == 3:
             _reduce_at_the_end(self._total)
+        else:
+            _reduce_in_one_order(self._zero)
         self._lr = 0.0
         self._exposed = False
 
@@ -237,6 +239,25 @@ class DeepSpeedEngine:
             count = min(max(numel - start, 0), size)
         source = flat if key is None else self._inner.state[flat][key]
         return source.detach()[at : at + count], start
+
+
+def _reduce_in_one_order(zero: Any) -> None:
+    """DeepSpeed (stage 2) fills its buckets in the order in which gradients come. Ranks of which one has a layer dense
+    and another has it sparse get them in other orders, and would sum different parameters. Here each gradient waits for
+    those before it.
+    """
+    order = [parameter for group in zero.bit16_groups for parameter in reversed(group)]
+    process, waiting, done = zero.process_gradients, {}, 0
+
+    def in_order(parameter: nn.Parameter, group: int) -> None:
+        nonlocal done
+        waiting[parameter] = group
+        while done < len(order) and order[done] in waiting:
+            process(order[done], waiting.pop(order[done]))
+            done += 1
+        done %= len(order)
+
+    zero.process_gradients = in_order
 
 
 def _reduce_at_the_end(unit: nn.Module) -> None:
