@@ -94,8 +94,9 @@ class Assembler:
         self._store, self._order, self._executor, self._buffers = store, order, executor, buffers
         self._columns, self._keep, self._first = columns, keep, first
         self._decoded = store.layout.dtype if decoded else None
-        # Threads would all compile it.
-        compiled(self._decoded)
+        if (native := compiled(self._decoded)) is not None:
+            # Threads would all compile it, and numba's cache folder is one setting for all.
+            native.scatter()
         self._column_runs = _runs(columns)
         self._share = batch_rows // ranks
         self._batch_rows = batch_rows

@@ -4,12 +4,12 @@ Letters: L layers, R rows of the source (from the first one wanted to the last),
 """
 
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -66,11 +66,14 @@ class Scatter:
         memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
         pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
         # Of about the same size.
-        result = self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)
-        if result < -1:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
-        return result == 0
+        while True:
+            result = self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)
+            error = ctypes.get_errno() if result < -1 else 0
+            if error == 0:
+                return result == 0
+            # A signal on a network's file system: all is read again, to the same places.
+            if error != errno.EINTR:
+                raise OSError(error, os.strerror(error))
 
     def put(self, data: Bytes, offsets: Offsets, layer: int) -> None:
         """Layers `layer`, `layer + 1`, ... from memory that holds each one's R rows from its offset on."""
@@ -116,9 +119,11 @@ class Scatter:
 @lru_cache(maxsize=8)
 def compiled(decoded: StoreDtype | None) -> ModuleType | None:
     """The compiled module, where it can be had for what is to be decoded; both ways give the same numbers."""
-    if find_spec("numba") is None:
+    try:
+        from activation_store import scatter_compiled
+    except ImportError:
+        # No numba, or one that does not fit to what else is installed.
         return None
-    from activation_store import scatter_compiled
 
     needs_half = decoded in (StoreDtype.float16, StoreDtype.float8_e4m3)
     return None if needs_half and not scatter_compiled.widens_half() else scatter_compiled

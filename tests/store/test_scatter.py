@@ -1,7 +1,9 @@
 """Rows to their places, compiled and not: the same bits, nothing else touched, and damage said in one line."""
 
+import ctypes
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -189,3 +191,44 @@ def test_half_is_compiled_only_where_the_processor_converts_it(dtype: StoreDtype
     with patch.object(scatter_compiled, "widens_half", lambda: False):
         found = scatter.compiled.__wrapped__(dtype)
     assert (found is scatter_compiled) is fits
+
+
+def test_a_numba_that_cannot_be_imported_is_done_without() -> None:
+    with patch.dict(sys.modules, {"activation_store.scatter_compiled": None}):
+        sys.modules["activation_store"].__dict__.pop("scatter_compiled", None)
+        assert scatter.compiled.__wrapped__(None) is None
+
+
+def test_a_signal_in_the_middle_of_reading_is_no_failure(tmp_path: Path) -> None:
+    case = Case(StoreDtype.float16, width=9, rows=6, layers=1, decoded=True, seed=1)
+    (tmp_path / "file").write_bytes(case.stored.tobytes())
+    file, offsets = LocalFile(tmp_path / "file"), np.array([0])
+    quiet, expected = case.filled(0)
+    assert quiet.read(file.descriptor, offsets, 0)
+    target, found = case.filled(0)
+    real, calls = Scatter._call, []
+
+    def interrupted(self: Scatter, *arguments: object) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            ctypes.set_errno(errno.EINTR)
+            return -2
+        return real(self, *arguments)
+
+    with patch.object(Scatter, "_call", interrupted):
+        assert target.read(file.descriptor, offsets, 0)
+    assert len(calls) == 2
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_reader_compiles_before_its_threads_ask_for_it(tmp_path: Path) -> None:
+    """numba's cache folder is one setting for all threads."""
+    from activation_store import scatter_compiled
+
+    begun = manifest(chunk_rows=8, shard_rows=16)
+    store = write_store(tmp_path, begun, [random_rows(32, begun, 0)], pieces=32)
+    scatter_compiled.scatter.cache_clear()
+    with patch("activation_store.assembly.Assembler.schedule"), patch("threading.Thread.start"):
+        batches = ShuffledBatches(store, batch_size_tokens=16, pool_rows=16)
+        assert scatter_compiled.scatter.cache_info().currsize == 1
+        del batches
