@@ -278,7 +278,9 @@ class Checkpointer:
 
     def _paths(self) -> list[Place]:
         """Folders that claim to be checkpoints, oldest first."""
-        return self.ranks.from_first(checkpoint_paths(self.folder) if self.ranks.is_first else [])
+        # Names travel: a place at a URL holds a connection, which each rank has its own of.
+        names = [path.name for path in checkpoint_paths(self.folder)] if self.ranks.is_first else []
+        return [self.folder / name for name in self.ranks.from_first(names)]
 
     def _prune(self, newest_step: int) -> None:
         """Removes what is older than the newest `keep` good ones up to the one just written, and what is damaged.

@@ -1,6 +1,10 @@
 """What the processes of test_resume_mesh.py run."""
 
+import io
+import os
+from contextlib import redirect_stderr
 from typing import Any
+from unittest import mock
 
 import trainer.loop
 import trainer.setup
@@ -50,3 +54,17 @@ def resumed(config: RunConfig) -> int | None:
     """The step that a call of `train` went on from."""
     summary: TrainSummary = train(config)
     return summary.resumed_from
+
+
+def with_object_store(endpoint: str, function: Any, *args: Any) -> tuple[Any, list[str]]:
+    """The function's result with the S3 server at `endpoint`, and the lines that this rank said."""
+    said = io.StringIO()
+    with mock.patch.dict(os.environ, s3_environment(endpoint)), redirect_stderr(said):
+        found = function(*args)
+    return found, said.getvalue().splitlines()
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What leads a process to tests/store/s3.py's server."""
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys}

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from activation_store.object_storage import ObjectStorage, ObjectStorageOptions
 from tests.parallel import resume_cases as cases
 from tests.parallel.processes import Processes
+from tests.store.s3 import BUCKET, s3_server
 from tests.training.runs import ACTIVATIONS, assert_same_bits, checkpoint_tensors, records, tiny_run
 from trainer.checkpoint import Checkpointer
 from trainer.config import RunConfig
@@ -48,6 +50,32 @@ def test_any_mesh_and_engine_continues_any_other(tiny_store: RunConfig, four_ran
         else:
             assert four_ranks.run(cases.in_double, cases.resumed, config) == [5] * 4
         _same_run(config, whole)
+
+
+def test_a_mesh_goes_on_from_a_url_past_a_damaged_checkpoint(
+    tiny_store: RunConfig, two_ranks: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks write in the background, to an S3 server on a socket; the newest is then cut by a byte."""
+    overrides = {**ACTIVATIONS["topk"], **_EVERY_STEP, **_mesh(1, 2), "kernels.backend": "reference"}
+    whole = tiny_run(tiny_store, tmp_path / "whole", overrides)
+    two_ranks.run(cases.resumed, whole)
+    with s3_server() as endpoint:
+        url = f"s3://{BUCKET}/mesh"
+        remote = tiny_run(tiny_store, tmp_path / "remote", {**overrides, "train.checkpoint_path": url})
+        two_ranks.run(cases.with_object_store, endpoint, cases.train_until, remote, 12)
+        for name, value in cases.s3_environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        storage = ObjectStorage(url, ObjectStorageOptions(cache_bytes=0))
+        newest = "step_00000010/model_00001.safetensors"
+        storage.put(newest, storage.get(newest)[:-1])
+        answers = two_ranks.run(cases.with_object_store, endpoint, cases.resumed, remote)
+        assert [found for found, _ in answers] == [5, 5]
+        said = [line for _, lines in answers for line in lines if "damaged" in line]
+        assert len(said) == 1, said
+        assert "step_00000010 is damaged (model_00001.safetensors" in said[0]
+        assert_same_bits(checkpoint_tensors(remote.run, remote), checkpoint_tensors(whole.run))
+    assert records(remote.run) == records(whole.run)
+    assert not (tmp_path / "remote/checkpoints").exists()
 
 
 def _same_run(found: RunConfig, wanted: RunConfig) -> None:
