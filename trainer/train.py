@@ -19,7 +19,7 @@ from trainer.loop import Loop
 from trainer.memory import freed_memory_kept
 from trainer.metrics import check_wandb, read_metrics
 from trainer.parallel.agreement import Agreement, lost_peers_told
-from trainer.parallel.engine import check_engine
+from trainer.parallel.engine import check_engine, engine_name
 from trainer.parallel.mesh import Mesh, open_mesh, rank_device
 from trainer.parallel.split import SplitChoice, choose_split
 from trainer.reproducibility import deterministic
@@ -137,7 +137,7 @@ def _mesh_line(mesh: Mesh, config: RunConfig, split: SplitChoice) -> str:
     """For the log."""
     decoders = f"; decoders by {split.reason}" if mesh.feature.size > 1 else ""
     sizes = f"data={mesh.data.size} x feature={mesh.feature.size}"
-    return f"{mesh.size} processes, {sizes}; engine {config.engine.kind}{decoders}"
+    return f"{mesh.size} processes, {sizes}; engine {engine_name(config, mesh)}{decoders}"
 
 
 def _prepare(source: Source, states: Sequence[Mapping[str, Any]], mesh: Mesh, agreement: Agreement) -> None:

@@ -3,8 +3,10 @@
 import pytest
 
 from activation_store.errors import UserError
-from trainer.config import ParallelConfig
+from trainer.config import EngineConfig, EngineKind, ParallelConfig, RunConfig
+from trainer.parallel.engine import engine_name
 from trainer.parallel.launcher import adopt_launcher, first_host, launching_words
+from trainer.parallel.mesh import Axis, Mesh
 from trainer.rules import check_columns
 
 _STEP = {
@@ -54,11 +56,28 @@ def test_the_command_that_starts_a_job_again(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launching_words() == ["layerloom"]
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
     assert launching_words() == ["srun", "-n", "8", "layerloom"]
+    for tasks, said in (("4(x2)", ["--ntasks-per-node", "4"]), ("8", ["--ntasks-per-node", "8"]), ("4(x1),2(x2)", [])):
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+        assert launching_words() == ["srun", "-n", "8", *said, "layerloom"]
+    monkeypatch.setenv("MASTER_ADDR", "n3")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert launching_words() == ["torchrun", "--nproc-per-node", "8", "-m", "launch.main"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    wanted = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "launch.main"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "n3:29400"]
+    wanted = ["torchrun", "--nnodes", "2", *meeting, "--nproc-per-node", "4", "-m", "launch.main"]
     assert launching_words() == wanted
+
+
+def test_the_engine_that_is_named_is_the_one_that_runs() -> None:
+    fsdp = RunConfig(engine=EngineConfig(kind=EngineKind.fsdp))
+    assert engine_name(fsdp, Mesh(data=Axis(2))) == "fsdp"
+    said = "plain (fsdp has nothing to shard with parallel.data=1)"
+    assert engine_name(fsdp, Mesh(feature=Axis(2))) == said
+    assert engine_name(RunConfig(), Mesh(feature=Axis(2))) == "plain"
 
 
 def test_columns_that_cannot_be_split_evenly_are_refused_with_the_nearest_sizes() -> None:

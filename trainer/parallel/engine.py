@@ -92,6 +92,13 @@ def check_engine(kind: EngineKind) -> None:
         )
 
 
+def engine_name(config: RunConfig, mesh: Mesh) -> str:
+    """The engine that `build_engine` builds, for the log."""
+    if config.engine.kind is EngineKind.fsdp and mesh.data.size == 1:
+        return "plain (fsdp has nothing to shard with parallel.data=1)"
+    return str(config.engine.kind)
+
+
 def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | None = None) -> Engine:
     """The engine that `engine.kind` names, for a model that is on its device and of this rank's partition."""
     mesh, kind = mesh if mesh is not None else Mesh(), config.engine.kind

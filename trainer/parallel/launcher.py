@@ -46,14 +46,21 @@ def process_count() -> int:
 
 
 def launching_words() -> list[str]:
-    """The command line that starts this job, up to its verb."""
+    """The command line that starts this job, up to its verb; torchrun's over several nodes is for each of them."""
     count, here = process_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if count == 1:
         return ["layerloom"]
     if not here:
-        return ["srun", "-n", str(count), "layerloom"]
-    nodes = ["--nnodes", str(count // here)] if count > here else []
+        alike = re.fullmatch(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        return ["srun", "-n", str(count), *(["--ntasks-per-node", alike[1]] if alike else []), "layerloom"]
+    nodes = ["--nnodes", str(count // here), *_meeting_place()] if count > here else []
     return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "launch.main"]
+
+
+def _meeting_place() -> list[str]:
+    """Where torchrun's agents find each other: at this job's host and port, which are free once it has ended."""
+    host, port = os.environ.get("MASTER_ADDR", "HOST"), os.environ.get("MASTER_PORT", "PORT")
+    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
 
 
 def local_rank() -> int:
