@@ -27,7 +27,8 @@ test: $(TEST_READY) lint
 test-fast: $(TEST_READY)
 	$(PYTEST) -m "not slow and not matrix"
 
-# Every activation on every mesh with every engine, in real processes: long.
+# The tests marked `matrix`, in real processes, long: every activation on every mesh, and every engine with every activation
+# on the meshes of two and four data ranks. docs/parallel.md, "Tests", says exactly which.
 test-matrix: $(TEST_READY)
 	$(BIN)/python -m pytest -m matrix
 
