@@ -35,7 +35,7 @@ from trainer.model.spec import ModelSpec
 from trainer.parallel.collectives import collectives_of
 from trainer.parallel.feed import Spread
 from trainer.parallel.mesh import mesh_of
-from trainer.parallel.traffic import Shares, feed_bytes, model_bytes
+from trainer.parallel.traffic import AuxK, Shares, feed_bytes, model_bytes
 
 TOLERANCE = 0.05
 
@@ -52,6 +52,8 @@ class Case:
     b_enc: float = 0.0
     dense: bool = False
     tanh: float = 0.0
+    # `activation.auxk_k`; every fourth feature is then dead: enough for each token to have so many in each layer.
+    auxk: int = 0
 
 
 def _spec(**values: Any) -> tuple[tuple[str, Any], ...]:
@@ -68,6 +70,9 @@ CASES = [
     Case("topk rows", 1, 4, by_columns=False, spec=TOPK),
     Case("topk all layers, columns", 1, 4, spec=ALL),
     Case("topk all layers, norm score, columns", 1, 4, spec=(*ALL, ("score", "decoder_norm"))),
+    Case("topk auxk, columns", 1, 4, spec=TOPK, auxk=32),
+    Case("topk auxk, columns", 2, 2, spec=TOPK, auxk=32),
+    Case("topk auxk, rows", 1, 4, by_columns=False, spec=TOPK, auxk=32),
     Case("batchtopk all layers, columns", 1, 4, spec=BATCHTOPK),
     Case("batchtopk all layers, columns", 2, 2, spec=BATCHTOPK),
     Case("batchtopk all layers", 4, 1, spec=BATCHTOPK),
@@ -79,6 +84,7 @@ CASES = [
     Case("jumprelu columns", 1, 4, spec=JUMPRELU, b_enc=-0.3),
 ]
 N_LAYERS, D_MODEL, N_FEATURES, TOKENS = 4, 256, 4096, 512
+_DEAD_AFTER = 10**9
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,18 @@ def measure(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     with torch.no_grad():
         for layer in model.source_layers:
             layer.b_enc.fill_(case.b_enc)
+        model.tokens_since_active_LF[:, ::4] = _DEAD_AFTER if case.auxk else 0
     generator = torch.Generator().manual_seed(1 + mesh.data.rank)
     x_BLD = torch.randn(TOKENS, N_LAYERS, D_MODEL, generator=generator)
     y_BLD = model.local_columns(torch.randn(TOKENS, N_LAYERS, D_MODEL, generator=generator))
-    activation = ActivationConfig(kind=ActivationKind(spec.kind), k=spec.k, tanh_lambda=case.tanh, auxk_coefficient=0.0)
-    step = StepContext(k=spec.k, penalty_scale=1.0, dead_after_tokens=10**9)
+    activation = ActivationConfig(
+        kind=ActivationKind(spec.kind),
+        k=spec.k,
+        tanh_lambda=case.tanh,
+        auxk_coefficient=1 / 32 if case.auxk else 0.0,
+        auxk_k=case.auxk or 1,
+    )
+    step = StepContext(k=spec.k, penalty_scale=1.0, dead_after_tokens=_DEAD_AFTER)
     kernels = KernelsConfig(dense_above_density=0.0 if case.dense else 1.0)
     with calls_counted() as sent:
         output = compute_loss(model, x_BLD, y_BLD, step, activation=activation, kernels=kernels)
@@ -139,6 +152,7 @@ def measure(case: Case) -> tuple[dict[str, float], dict[str, float]]:
         entries=entries / case.data,
         largest_count=largest,
         dense=N_LAYERS if case.dense else 0,
+        auxk=AuxK(layers=N_LAYERS, k=case.auxk, entries=N_LAYERS * case.auxk) if case.auxk else None,
         norms=2 * norms if spec.score == "decoder_norm" and spec.kind == "batchtopk" else norms,
     )
     return _per_token(sent, mesh.size, TOKENS), model_bytes(spec, shares)
@@ -245,8 +259,9 @@ PARTS: list[tuple[str, str, Sequence[AnyCase]]] = [
     (
         "The model",
         f"Forward and backward pass of one microbatch, L = {N_LAYERS}, d = {D_MODEL}, F = {N_FEATURES:,}, B = {TOKENS} "
-        "tokens a rank, k = 16 (relu and jumprelu: `b_enc` = -0.3), float32. Per token of a rank's microbatch. The "
-        "formula leaves out a few numbers a microbatch for losses.",
+        "tokens a rank, k = 16 (relu and jumprelu: `b_enc` = -0.3; auxk: `auxk_k` = 32, a quarter of the features "
+        "dead), float32. Per token of a rank's microbatch. The formula leaves out a few numbers a microbatch for "
+        "losses.",
         CASES,
     ),
     (

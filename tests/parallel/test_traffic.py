@@ -1,5 +1,7 @@
 """The formulas of bytes against what is really sent."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.traffic import CASES, TOLERANCE, Case, EngineCase, FeedCase, measure, measure_engine, measure_feed
@@ -20,6 +22,14 @@ def test_the_formula_holds(four_ranks: Processes, name: str) -> None:
     # Codes go point to point, exactly as many as there are.
     of_codes = formula["codes"] + formula["gradients of codes"]
     assert counted["isend"] == pytest.approx(of_codes, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["topk auxk, columns", "topk auxk, rows"])
+def test_the_formula_of_auxk_holds(four_ranks: Processes, name: str) -> None:
+    """What dead features add, by itself."""
+    case = _case(name)
+    (counted, formula), (without, _) = (four_ranks.run(measure, each)[0] for each in (case, replace(case, auxk=0)))
+    assert sum(counted.values()) - sum(without.values()) == pytest.approx(formula["auxk"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("by_columns", [True, False])

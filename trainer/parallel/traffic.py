@@ -17,12 +17,24 @@ _COUNTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AuxK:
+    """What AuxK sends by itself. layers: those with dead features. k: `activation.auxk_k`. entries: codes of dead
+    features of a token over all layers and ranks, at most k a layer.
+    """
+
+    layers: int
+    k: int
+    entries: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
     """What the bytes depend on beside the model's shape.
 
     tokens: of one rank's microbatch (B). entries: selected per token over all layers and ranks (E; of jumprelu those in
     the band too). dense: layers that take the dense path. norms: decoder norms are needed, by a score (1) or by a
-    penalty, whose gradient goes back (2), or not (0). value_bytes: of activations and scores.
+    penalty, whose gradient goes back (2), or not (0). auxk: where features are dead. value_bytes: of activations and
+    scores.
     """
 
     data: int
@@ -33,6 +45,7 @@ class Shares:
     largest_count: int = 255
     dense: int = 0
     norms: int = 0
+    auxk: AuxK | None = None
     value_bytes: int = 4
 
 
@@ -45,15 +58,39 @@ def model_bytes(spec: ModelSpec, shares: Shares) -> dict[str, float]:
     if ranks > 1:
         found["numbers of codes"] = 16 * (ranks - 1) * n_layers / tokens
     if shares.by_columns and ranks > 1:
-        ids, count = id_bytes(spec.n_features // ranks), 1 if shares.largest_count < 2**8 else 2
-        found["codes"] = others * shares.entries * (value + ids) + (ranks - 1) * sparse * count
+        found["codes"] = _codes_bytes(spec, shares, shares.entries, sparse, shares.largest_count)
         found["gradients of codes"] = others * shares.entries * value
         found["dense activations"] = 3 * others * shares.dense * spec.n_features * value
         found["norms"] = shares.norms * others * n_layers * spec.n_features * value / tokens
     elif ranks > 1:
         found["y_hat"] = 2 * others * n_layers * spec.d_model * value
     found["selection"] = _selection_bytes(spec, shares)
+    if shares.auxk is not None:
+        found["auxk"] = _auxk_bytes(spec, shares, shares.auxk)
     return {kind: n_bytes for kind, n_bytes in found.items() if n_bytes}
+
+
+def _codes_bytes(spec: ModelSpec, shares: Shares, entries: float, layers: int, largest_count: int) -> float:
+    """Forward: values, ids, and how many each token has."""
+    ranks, count = shares.feature, 1 if largest_count < 2**8 else 2
+    each = shares.value_bytes + id_bytes(spec.n_features // ranks)
+    return (ranks - 1) / ranks * entries * each + (ranks - 1) * layers * count
+
+
+def _auxk_bytes(spec: ModelSpec, shares: Shares, auxk: AuxK) -> float:
+    """Its selection, codes and their gradients (columns) or output (rows), and the error's mean over the data axis."""
+    ranks, value, tokens = shares.feature, shares.value_bytes, shares.tokens
+    others, width = (ranks - 1) / ranks, min(auxk.k, spec.n_features // ranks)
+    columns = spec.d_model // ranks if shares.by_columns else spec.d_model
+    found = 2 * (shares.data - 1) / shares.data * spec.n_layers * columns * value / tokens
+    if ranks == 1:
+        return found
+    found += 16 * (ranks - 1) * auxk.layers / tokens
+    if width * ranks > auxk.k:
+        found += others * auxk.layers * (width * value + _COUNTER_BYTES)
+    if not shares.by_columns:
+        return found + 2 * others * spec.n_layers * spec.d_model * value
+    return found + _codes_bytes(spec, shares, auxk.entries, auxk.layers, width) + others * auxk.entries * value
 
 
 def _selection_bytes(spec: ModelSpec, shares: Shares) -> float:
