@@ -94,16 +94,21 @@ class RollingWorker(Worker):
             state = self.folder.read()
             if state.finished:
                 return
-            room = range(state.first, state.freed + state.windows)
-            missing = [window for window in room if not work.committed(window)]
-            job = next(filter(None, (self._take(window) for window in missing)), None)
+            job: WindowJob | None = None
+            claimed: list[int] = []
+            # One after another: the budget may have room for more windows than anybody wants to ask the disk about.
+            for window in range(state.first, state.freed + state.windows):
+                if not work.committed(window):
+                    if (job := self._take(window)) is not None:
+                        break
+                    claimed.append(window)
             if job is not None:
                 yield job
                 continue
             # Nothing is free: until the budget has room, or a claim is seen to be left.
             self._own_commit.clear()
             self._own_commit.wait(self.claims.pause_seconds)
-            for window in missing:
+            for window in claimed:
                 if self.claims.observe(work.storage, f"{window:08d}.json"):
                     if self.folder.read().allows(window) and not work.committed(window):
                         yield self._job(window)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from activation_store.harvest import harvest
 from activation_store.repair import repair_store
 from activation_store.rolling import RollingFolder, budget_for, windows_within
 from activation_store.rolling_batches import RollingBatches, RollingBudget
-from activation_store.rolling_harvest import bytes_per_window, harvest_rolling, rolling_plan
+from activation_store.rolling_harvest import RollingWorker, bytes_per_window, harvest_rolling, rolling_plan
 from activation_store.store import ActivationStore
 from activation_store.subject import Subject, load_subject
 
@@ -258,3 +259,22 @@ def test_a_rolling_store_is_not_taken_for_another(rolling: Rolling, tmp_path: Pa
         repair_store(store.path, device="cpu")
     with pytest.raises(UserError, match="a store that stays"):
         harvest_rolling(rolling.subject, rolling.text, rolling.store, source, device="cpu")
+
+
+def test_a_wide_budget_costs_no_look_at_every_window_it_has_room_for() -> None:
+    """The default one has room for a million of a small store's windows."""
+    asked: list[int] = []
+
+    def committed(window: int) -> bool:
+        asked.append(window)
+        return window < 3
+
+    worker = SimpleNamespace(
+        parts=[SimpleNamespace(committed=committed)],
+        _stopped=threading.Event(),
+        folder=SimpleNamespace(read=lambda: SimpleNamespace(finished=False, first=1, freed=1, windows=10**9)),
+        # Another worker has claimed window 3.
+        _take=lambda window: None if window == 3 else window,
+    )
+    assert next(RollingWorker._jobs(worker)) == 4  # type: ignore[arg-type]
+    assert asked == [1, 2, 3, 4]
