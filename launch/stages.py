@@ -68,10 +68,6 @@ def train(config: LayerloomConfig, arguments: Arguments) -> int:
     return 0
 
 
-# A run may go on with others of these.
-_ANY_MESH = ("parallel", "engine")
-
-
 def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig:
     """`layerloom train run=DIR` and no more about the run: its own settings are taken.
 
@@ -81,23 +77,22 @@ def _continued(config: LayerloomConfig, arguments: Arguments) -> LayerloomConfig
 
     words = parse_overrides(arguments.overrides)
     keys = [str(word.key_or_group) for word in words]
+    groups = [key.partition(".")[0] for key in keys]
     about_this_call = all(
-        key in FREE_FIELDS or key.split(".")[0] in ("run", "log", "launch", *_ANY_MESH) for key in keys
+        key in FREE_FIELDS or group in (*FREE_FIELDS, "launch") for key, group in zip(keys, groups, strict=True)
     )
     if "run" not in keys or not about_this_call or not RunFolder(config.run).exists():
         return config
     there = load_config(config.run)
     kept = {field.name: getattr(there, field.name) for field in fields(there)}
-    told: dict[str, Any] = {"run": config.run, "device": config.device if "device" in keys else there.device}
-    if any(key.split(".")[0] == "log" for key in keys):
-        told["log"] = config.log
-    for group in _ANY_MESH:
-        named = [name for key in keys if (name := key.removeprefix(f"{group}.")) != key]
-        told_of = {name: getattr(getattr(config, group), name) for name in named}
-        told[group] = getattr(config, group) if group in keys else replace(getattr(there, group), **told_of)
-    for key in keys:
-        group, _, name = key.partition(".")
-        if name and key in FREE_FIELDS:
+    told: dict[str, Any] = {}
+    for key, group in zip(keys, groups, strict=True):
+        if group not in kept:
+            continue
+        if key == group:
+            told[group] = getattr(config, group)
+        else:
+            name = key.removeprefix(f"{group}.")
             told[group] = replace(told.get(group, kept[group]), **{name: getattr(getattr(config, group), name)})
     return replace(config, **{**kept, **told})
 

@@ -15,7 +15,7 @@ from launch.compose import compose_node, to_config
 from launch.knobs import knobs
 from launch.main import main
 from launch.verbs import VERBS
-from trainer.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from trainer.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, WandbMode
 from trainer.run_folder import save_config
 
 ROOT = Path(__file__).parents[2]
@@ -191,12 +191,15 @@ def test_another_mesh_is_told_alone_and_the_rest_is_the_runs_own(tmp_path: Path)
 
 
 def test_what_weights_do_not_depend_on_is_told_alone_too(tmp_path: Path) -> None:
-    save_config(tmp_path, RunConfig(model=ModelConfig(n_features=72), train=TrainConfig(tokens=640, log_every=7)))
-    words = ["train.profile=true", "source.threads=3", "store.path=elsewhere"]
+    own = RunConfig(model=ModelConfig(n_features=72), train=TrainConfig(tokens=640, log_every=7))
+    own.log.wandb = WandbMode.offline
+    save_config(tmp_path, own)
+    words = ["train.profile=true", "source.threads=3", "store.path=elsewhere", "log.project=mine"]
     arguments = parse_arguments(["train", f"run={tmp_path}", *words])
     config = stages._continued(to_config(compose_node(arguments.overrides, None, verb="train")), arguments)
     assert (config.model.n_features, config.train.tokens, config.train.log_every) == (72, 640, 7)
     assert (config.train.profile, config.source.threads, config.store.path) == (True, 3, "elsewhere")
+    assert (config.log.project, config.log.wandb) == ("mine", WandbMode.offline)
 
 
 @pytest.mark.parametrize("words", [["evaluate", "run=r"], ["publish"], ["demo"], ["store", "info", "s"]])
