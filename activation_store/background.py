@@ -96,6 +96,11 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
         return self._decoded and self._copier is None
 
     @property
+    def _waiting_as_read(self) -> int:
+        """Batches in the queue and beside it that keep the memory they were read into: not if decoded after."""
+        return self._ready + 2 if self._decodes_on_the_way or not self._decoded else 0
+
+    @property
     def position(self) -> int:
         """The n of the batch that `next` gives next."""
         return self._position

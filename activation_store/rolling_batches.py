@@ -88,7 +88,6 @@ class RollingBatches(BackgroundBatches):
             pool_chunks=max(1, source.pool_rows // (lanes * chunk_rows)),
             run_rows=source.run_rows,
         )
-        waiting = self._ready + 2 if self._decodes_on_the_way else 0
         self._assembler = Assembler(
             self._groups,
             order,
@@ -99,7 +98,7 @@ class RollingBatches(BackgroundBatches):
             rank=rank,
             ranks=ranks,
             first=start_batch,
-            keep=-(-source.pool_rows // batch_size_tokens) + READ_AHEAD + 3 + waiting,
+            keep=-(-source.pool_rows // batch_size_tokens) + READ_AHEAD + 3 + self._waiting_as_read,
             decoded=self._decodes_on_the_way,
         )
         self._thread.start()

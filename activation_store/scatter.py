@@ -66,14 +66,11 @@ class Scatter:
         memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
         pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
         # Of about the same size.
-        while True:
-            result = self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)
-            error = ctypes.get_errno() if result < -1 else 0
-            if error == 0:
-                return result == 0
+        while (result := self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)) < -1:
             # A signal on a network's file system: all is read again, to the same places.
-            if error != errno.EINTR:
+            if (error := ctypes.get_errno()) != errno.EINTR:
                 raise OSError(error, os.strerror(error))
+        return result == 0
 
     def put(self, data: Bytes, offsets: Offsets, layer: int) -> None:
         """Layers `layer`, `layer + 1`, ... from memory that holds each one's R rows from its offset on."""

@@ -7,7 +7,6 @@ cost as much as writing them. Imported when first needed: it imports numba.
 
 import contextlib
 import ctypes
-import os
 import platform
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -21,6 +20,8 @@ import numpy as np
 import xxhash
 from llvmlite import ir
 from numba import extending, types
+
+from activation_store.cache import cache_root
 
 
 class Form(IntEnum):
@@ -107,24 +108,20 @@ def _fence(_: Any) -> Any:
     return types.void(), generate
 
 
-@_intrinsic
-def _int64_pointer(_: Any, address: Any) -> Any:
-    result = types.CPointer(types.int64)
+def _pointer_to(value_type: Any) -> Any:
+    def cast(_: Any, address: Any) -> Any:
+        result = types.CPointer(value_type)
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(result))
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(result))
 
-    return result(address), generate
+        return result(address), generate
+
+    return _intrinsic(cast)
 
 
-@_intrinsic
-def _float32_pointer(_: Any, address: Any) -> Any:
-    result = types.CPointer(types.float32)
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(result))
-
-    return result(address), generate
+_int64_pointer = _pointer_to(types.int64)
+_float32_pointer = _pointer_to(types.float32)
 
 
 def _njit(function: Callable[..., Any]) -> Any:
@@ -260,10 +257,8 @@ def widens_half() -> bool:
 def _cache_folder() -> Iterator[None]:
     """numba's cache in a folder named by the digest of this file, beside those of the compiled kernels."""
     before = numba.config.CACHE_DIR
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = before or os.environ.get("LAYERLOOM_CACHE") or f"{user_cache}/layerloom"
     digest = xxhash.xxh3_64_hexdigest(Path(__file__).read_bytes())
-    numba.config.CACHE_DIR = str(Path(root).expanduser() / f"store-reader-{digest}")
+    numba.config.CACHE_DIR = str(cache_root(before) / f"store-reader-{digest}")
     try:
         yield
     finally:

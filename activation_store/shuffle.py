@@ -70,8 +70,7 @@ class ShuffledBatches(BackgroundBatches):
             device=device,
         )
         # As many as a pool reaches over, plus what is being read and filled, and what waits as it was read.
-        waiting = self._ready + 2 if self._decodes_on_the_way or not decoded else 0
-        held = -(-pool_rows // batch_size_tokens) + _READ_AHEAD + 3 + waiting
+        held = -(-pool_rows // batch_size_tokens) + _READ_AHEAD + 3 + self._waiting_as_read
         self._assembler = Assembler(
             store,
             self.order,
