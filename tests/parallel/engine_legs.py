@@ -11,31 +11,21 @@ from typing import Any
 from accelerate.tracking import WandBTracker
 from wandb.proto.wandb_internal_pb2 import Record
 
-import trainer.loop
 from activation_store.errors import AgreedInterruptError
 from launch.main import main
+from tests.parallel.resume_cases import ended_by
 from trainer.config import RunConfig
 from trainer.train import train
 
 
 def interrupted(config: RunConfig, step: int) -> None:
     """Trains, and stops after that step, for the last rank gets a SIGINT in it."""
-    real = trainer.loop.check_finite
 
-    def interrupt(*args: Any, **kwargs: Any) -> float:
-        last = config.parallel.data * config.parallel.feature - 1
-        if kwargs["step"] == step and int(os.environ["RANK"]) == last:
+    def interrupt() -> None:
+        if int(os.environ["RANK"]) == config.parallel.data * config.parallel.feature - 1:
             signal.raise_signal(signal.SIGINT)
-        return real(*args, **kwargs)
 
-    trainer.loop.check_finite = interrupt
-    try:
-        train(config)
-    except AgreedInterruptError:
-        return
-    finally:
-        trainer.loop.check_finite = real
-    raise AssertionError("the run ended")
+    ended_by(interrupt, AgreedInterruptError, config, step)
 
 
 def commanded(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
 from unittest import mock
@@ -17,23 +18,30 @@ class KilledError(Exception):
     """Stands for the end of the process: nothing in the trainer catches it."""
 
 
-def train_until(config: RunConfig, step: int) -> None:
-    """Trains, and dies in that step on every rank, after its gradients."""
+def ended_by(act: Callable[[], None], error: type[BaseException], config: RunConfig, step: int) -> None:
+    """Trains, with `act` called in that step on every rank, after its gradients; the run must end with `error`."""
     real = trainer.loop.check_finite
 
-    def die(*args: Any, **kwargs: Any) -> float:
+    def check(*args: Any, **kwargs: Any) -> float:
         if kwargs["step"] == step:
-            raise KilledError
+            act()
         return real(*args, **kwargs)
 
-    trainer.loop.check_finite = die
-    try:
-        train(config)
-    except KilledError:
-        return
-    finally:
-        trainer.loop.check_finite = real
+    with mock.patch.object(trainer.loop, "check_finite", check):
+        try:
+            train(config)
+        except error:
+            return
     raise AssertionError("the run ended")
+
+
+def train_until(config: RunConfig, step: int) -> None:
+    """Trains, and dies in that step on every rank, after its gradients."""
+
+    def die() -> None:
+        raise KilledError
+
+    ended_by(die, KilledError, config, step)
 
 
 def in_double(function: Any, *args: Any) -> Any:

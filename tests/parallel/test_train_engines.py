@@ -16,7 +16,7 @@ from launch.main import main
 from tests.parallel import engine_legs as legs
 from tests.parallel.processes import Processes
 from tests.parallel.test_engines import ROUNDING, SMALLEST_GAP, difference, zero
-from tests.training.runs import checkpoint_tensors, records, tiny_run
+from tests.training.runs import assert_close, checkpoint_tensors, records, tiny_run
 from trainer.config import RunConfig
 from trainer.metrics import flat
 from trainer.parallel.plain import PlainEngine
@@ -90,7 +90,7 @@ def test_what_one_engine_begins_another_ends_as_one_process(
     assert [line["step"] for line in wanted if "eval" in line] == [4, 8, 12]
     assert len(wanted) == 15
     for line, other in zip(wanted, found, strict=True):
-        _close(other, line, f"{name} step {line['step']}")
+        assert_close(other, line, f"{name} step {line['step']}", rel=1e-4, absolute=1e-7)
     tensors, expected = checkpoint_tensors(runs[name]), checkpoint_tensors(serial.run)
     assert tensors.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -107,7 +107,7 @@ def test_it_is_measured_and_published_as_one_process(
     capfd.readouterr()
     theirs, ours = (json.loads((run / "evaluation.json").read_text()) for run in ended)
     for key in ("fvu", "fvu_per_layer", "l0", "l0_per_layer", "training_rule", "replacement"):
-        _close(ours[key], theirs[key], key)
+        assert_close(ours[key], theirs[key], key, rel=1e-4, absolute=1e-7)
     wanted, found = ({path.name: path for path in Path(f"{run}-published").glob("*.safetensors")} for run in ended)
     assert wanted
     assert wanted.keys() == found.keys()
@@ -133,18 +133,3 @@ def test_runs_of_wandb_are_started_by_accelerate_with_that_engine(
     assert logged == list(expected.values())
     assert settings["engine"]["kind"] == "accelerate"
     assert settings["model"]["n_features"] == 64
-
-
-def _close(found: Any, wanted: Any, where: str) -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), where
-        for key in wanted:
-            _close(found[key], wanted[key], f"{where}.{key}")
-    elif isinstance(wanted, list):
-        assert len(found) == len(wanted), where
-        for number, value in enumerate(wanted):
-            _close(found[number], value, f"{where}[{number}]")
-    elif wanted is None:
-        assert found is None, where
-    else:
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7), where

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.parallel.processes import Processes
 from tests.parallel.training import train_all
-from tests.training.runs import ACTIVATIONS, checkpoint_tensors, records, tiny_run
+from tests.training.runs import ACTIVATIONS, assert_close, checkpoint_tensors, records, tiny_run
 from trainer.config import RunConfig
 
 # Name -> mesh, decoder split, what the run is.
@@ -47,19 +47,6 @@ def _without_seconds(summaries: list[Any]) -> list[Any]:
     return summaries
 
 
-def _close(found: Any, wanted: Any, where: str) -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), where
-        for key in wanted:
-            _close(found[key], wanted[key], f"{where}.{key}")
-    elif isinstance(wanted, list):
-        assert len(found) == len(wanted), where
-        for number, value in enumerate(wanted):
-            _close(found[number], value, f"{where}[{number}]")
-    else:
-        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9), where
-
-
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_line_of_the_metrics_is_that_of_one_process(
     trained: dict[str, tuple[RunConfig, RunConfig]], name: str
@@ -68,7 +55,7 @@ def test_every_line_of_the_metrics_is_that_of_one_process(
     wanted, found = records(serial.run), records(meshed.run)
     assert len(wanted) == 23
     for line, other in zip(wanted, found, strict=True):
-        _close(other, line, f"{name} step {line['step']}")
+        assert_close(other, line, f"{name} step {line['step']}", rel=1e-6, absolute=1e-9)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -104,3 +105,19 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         other = right[name]
         assert tensor.dtype == other.dtype, name
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
+
+
+def assert_close(found: Any, wanted: Any, where: str, *, rel: float, absolute: float) -> None:
+    """The numbers of nested dicts and lists, which have the same keys and lengths, within a tolerance; None is None."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), where
+        for key in wanted:
+            assert_close(found[key], wanted[key], f"{where}.{key}", rel=rel, absolute=absolute)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for number, value in enumerate(wanted):
+            assert_close(found[number], value, f"{where}[{number}]", rel=rel, absolute=absolute)
+    elif wanted is None:
+        assert found is None, where
+    else:
+        assert found == pytest.approx(wanted, rel=rel, abs=absolute), where
