@@ -94,16 +94,22 @@ def check_engine(kind: EngineKind) -> None:
 
 def engine_name(config: RunConfig, mesh: Mesh) -> str:
     """The engine that `build_engine` builds, for the log."""
-    if config.engine.kind is EngineKind.fsdp and mesh.data.size == 1:
-        return "plain (fsdp has nothing to shard with parallel.data=1)"
-    return str(config.engine.kind)
+    kind = _kind_that_runs(config, mesh)
+    reason = "" if kind is config.engine.kind else f" ({config.engine.kind} has nothing to shard with parallel.data=1)"
+    return f"{kind}{reason}"
+
+
+def _kind_that_runs(config: RunConfig, mesh: Mesh) -> EngineKind:
+    kind = config.engine.kind
+    return EngineKind.plain if kind is EngineKind.fsdp and mesh.data.size == 1 else kind
 
 
 def build_engine(config: RunConfig, model: CrossLayerTranscoder, mesh: Mesh | None = None) -> Engine:
     """The engine that `engine.kind` names, for a model that is on its device and of this rank's partition."""
-    mesh, kind = mesh if mesh is not None else Mesh(), config.engine.kind
+    mesh = mesh if mesh is not None else Mesh()
+    kind = _kind_that_runs(config, mesh)
     # Imported when asked for: an engine's library is slow to import, or not installed.
-    if kind is EngineKind.fsdp and mesh.data.size > 1:
+    if kind is EngineKind.fsdp:
         from trainer.parallel.fsdp import FsdpEngine
 
         return FsdpEngine(config, model, mesh)
