@@ -108,7 +108,8 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 def assert_close(found: Any, wanted: Any, where: str, *, rel: float, absolute: float) -> None:
-    """The numbers of nested dicts and lists, which have the same keys and lengths, within a tolerance; None is None."""
+    """The numbers of nested dicts and lists, which have the same keys and lengths, within a tolerance; None and words
+    are the same."""
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), where
         for key in wanted:
@@ -117,7 +118,7 @@ def assert_close(found: Any, wanted: Any, where: str, *, rel: float, absolute: f
         assert len(found) == len(wanted), where
         for number, value in enumerate(wanted):
             assert_close(found[number], value, f"{where}[{number}]", rel=rel, absolute=absolute)
-    elif wanted is None:
-        assert found is None, where
+    elif wanted is None or isinstance(wanted, str):
+        assert found == wanted, where
     else:
         assert found == pytest.approx(wanted, rel=rel, abs=absolute), where
