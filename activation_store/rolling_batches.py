@@ -72,7 +72,9 @@ class RollingBatches(BackgroundBatches):
         self._rank, self._mixed, self._children = rank, source.mixed_windows, children
         self._resources = resources or ExitStack()
         self._state = dict(state or {"group": 0, "start": 0, "epoch": 0})
-        self._saved = self._taking = start_batch
+        self._taking = start_batch
+        # The batch of the last checkpoint, and the windows before which it has no need of any.
+        self._saved = start_batch, int(self._state["group"]) * self._mixed
         # The group in which a batch begins, and the first shard of a group: of those that training may not be past.
         self._group_at = {start_batch: int(self._state["group"])}
         self._first_shards: dict[int, int] = {}
@@ -110,13 +112,14 @@ class RollingBatches(BackgroundBatches):
 
     def checkpointed(self, position: int) -> None:
         """A checkpoint at `position`, where training is or was, is durable: frees the windows wholly before."""
-        self._saved, group = position, self._group_at[position]
+        group = self._group_at[position]
         # In place: the reader's thread adds to them.
         for at in [at for at in list(self._group_at) if at < position]:
             del self._group_at[at]
         self._assembler.forget(self._first_shards[group])
         for number in [number for number in list(self._first_shards) if number < group]:
             del self._first_shards[number]
+        self._saved = position, group * self._mixed
         if self._rank == 0:
             self._folder.free(group * self._mixed)
 
@@ -186,8 +189,11 @@ class RollingBatches(BackgroundBatches):
 
     def _check_room(self, last: int) -> None:
         """Raises UserError if window `last`, wanted before the next checkpoint, waits for that checkpoint's room."""
-        state = self._folder.read()
-        if last >= state.freed + state.windows and self._taking < self._saved + self._budget.checkpoint_batches:
+        # In this order: rank 0 may be making that room just now, which takes it a while.
+        (saved, needed), state = self._saved, self._folder.read()
+        if state.freed < needed:
+            return
+        if last >= state.freed + state.windows and self._taking < saved + self._budget.checkpoint_batches:
             wanted = last + 1 - state.freed + self._mixed
             raise too_small(
                 self._budget.windows * self._budget.window_bytes, state.windows, wanted, self._budget.window_bytes

@@ -1,9 +1,9 @@
 """A store within a byte budget: its order, its bytes on disk, and what a resume sees."""
 
-import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +15,14 @@ import torch
 from activation_store.config import SourceConfig, SourceKind, StoreConfig, SubjectConfig, TextConfig
 from activation_store.errors import UserError
 from activation_store.harvest import harvest
+from activation_store.manifest import committed_windows
 from activation_store.repair import repair_store
-from activation_store.rolling import RollingFolder, budget_for, windows_within
+from activation_store.rolling import RollingFolder, RollingState, budget_for, windows_within
 from activation_store.rolling_batches import RollingBatches, RollingBudget
 from activation_store.rolling_harvest import RollingWorker, bytes_per_window, harvest_rolling, rolling_plan
 from activation_store.store import ActivationStore
 from activation_store.subject import Subject, load_subject
+from tests.store.watching import watched
 
 _BATCH, _MIXED = 48, 2
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -122,29 +124,6 @@ def consume(
     return found, after
 
 
-@contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """Bytes of all files in a folder, again and again; the largest is the first item in the end."""
-    largest, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.002):
-            size = 0
-            for where, _, names in os.walk(folder):
-                for name in names:
-                    with suppress(FileNotFoundError):
-                        size += os.stat(os.path.join(where, name)).st_size
-            largest[0] = max(largest[0], size)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield largest
-    finally:
-        stop.set()
-        thread.join()
-
-
 def same(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
         torch.equal(a, b) for ours, theirs in zip(left, right, strict=True) for a, b in zip(ours, theirs, strict=True)
@@ -241,6 +220,55 @@ def test_what_must_fit_and_does_not_is_told_with_the_least_that_works(rolling: R
     assert windows_within(source.budget_bytes, budget.window_bytes) == 3
     with pytest.raises(UserError, match="use at least"):
         harvest_rolling(rolling.subject, rolling.text, store, replace(source, budget_bytes=1_000), device="cpu")
+
+
+class _FreedLate(RollingFolder):
+    """Frees only after the readers have looked twice more at what is free."""
+
+    looks = 0
+
+    def read(self) -> RollingState:
+        self.looks += threading.current_thread().name == "store-reader"
+        return RollingFolder.read(self)
+
+    def free(self, first: int) -> RollingState:
+        self.wait_for_looks(2)
+        return RollingFolder.free(self, first)
+
+    def wait_for_looks(self, count: int) -> None:
+        wanted, deadline = self.looks + count, time.monotonic() + 60
+        while self.looks < wanted:
+            assert time.monotonic() < deadline, "nobody waits for room"
+            time.sleep(0.01)
+
+
+def test_a_reader_waits_while_room_is_made_by_rank_0_though_all_know_of_the_checkpoint(
+    rolling: Rolling, told: tuple[list[Batch], list[dict[str, int]], int], tmp_path: Path
+) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 10)
+    folder, source = _FreedLate(Path(store.path)), replace(source, prefetch_bytes=1 << 24)
+    folder.join(budget.windows)
+    with harvesting(rolling, store, source), ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                RollingBatches(
+                    folder, rolling.whole, source, replace(budget, checkpoint_batches=12), batch_size_tokens=_BATCH,
+                    rank=rank, ranks=2,
+                )
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        for number in range(24):
+            parts = [next(batches).rows.clone() for batches in ranks]
+            assert torch.equal(torch.cat(parts), told[0][number][2])
+            if number == 11:
+                while len(list(committed_windows(folder.folder))) < budget.windows:
+                    time.sleep(0.01)
+                folder.wait_for_looks(4)
+                assert folder.read().freed == 0
+                for batches in reversed(ranks):
+                    batches.checkpointed(number + 1)
+    assert folder.read().freed == told[1][11]["group"] * _MIXED > 0
 
 
 def test_a_rolling_store_is_not_taken_for_another(rolling: Rolling, tmp_path: Path) -> None:
