@@ -20,6 +20,10 @@ class FeatureIndex(NamedTuple):
     tokens_N: Tensor
     offsets: Tensor
 
+    def contiguous(self) -> "FeatureIndex":
+        """Itself, or copies of what is strided."""
+        return FeatureIndex(*(part.contiguous() for part in self))
+
 
 def build_csc(feature_ids_N: Tensor, tokens_N: Tensor, n_features: int) -> FeatureIndex:
     """Feature-major index of token-major entries; all int64."""

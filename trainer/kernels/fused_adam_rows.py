@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.kernels.build_csc import FeatureIndex
 from trainer.kernels.row_sums import add_row_sums
+from trainer.kernels.strides import check_written
 
 # Entries of a gradient block: 16 MiB of fp32.
 _BLOCK_VALUES = 2**22
@@ -46,6 +47,8 @@ def fused_adam_rows(
     weights_N: token-major. Returns the sum of squares of the gradient (0-dim float64) and, with `dots`, per entry (N,
     token-major) tokens[token] . row[feature] with the row as it was before its update.
     """
+    check_written(rows_FC=rows_FC, exp_avg_FC=exp_avg_FC, exp_avg_sq_FC=exp_avg_sq_FC)
+    index = index.contiguous()
     n_features, n_columns = rows_FC.shape
     dots_N = weights_N.new_empty(weights_N.numel()) if dots else None
     squares = torch.zeros((), dtype=torch.float64, device=rows_FC.device)

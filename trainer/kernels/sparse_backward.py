@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.kernels.build_csc import FeatureIndex
 from trainer.kernels.row_sums import add_row_sums, csr_matrix
+from trainer.kernels.strides import check_written
 
 # Values of the gradient in one block of dots: 4 MiB of fp32, which stays in cache.
 _BLOCK_VALUES = 2**20
@@ -35,6 +36,7 @@ def decoder_backward(
     Returns (N) the gradient of every value, in token-major order (with `dots`, else None). With `out_FC` the rows'
     gradients are written there, or added with `accumulate`; rows without entries get zero, or stay.
     """
+    check_written(out_FC=out_FC)
     grad_N = value_gradients(grad_BC, rows_FC, offsets, feature_ids_N, tokens_N, compute_dtype) if dots else None
     if out_FC is not None:
         row_gradients(index, values_N, grad_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
@@ -97,6 +99,7 @@ def row_gradients(
     """
     if out_FC is None:
         out_FC = tokens_BC.new_empty(index.offsets.numel() - 1, tokens_BC.shape[1])
+    check_written(out_FC=out_FC)
     weights_N = weights_N[index.order_N]
     add_row_sums(out_FC, index.offsets, index.tokens_N, weights_N, tokens_BC.to(compute_dtype), accumulate=accumulate)
     return out_FC

@@ -26,6 +26,7 @@ from trainer.kernels.cpu.support import covers, rows_of
 from trainer.kernels.cpu.threads import launch
 from trainer.kernels.cpu.vectors import Vector, squares
 from trainer.kernels.fused_adam_rows import AdamHyper
+from trainer.kernels.strides import check_written
 
 _CHUNK = 1024
 # Rows of parameters and moments are read and written: as dear as so many entries.
@@ -47,6 +48,8 @@ def fused_adam_rows(
     moments = (exp_avg_FC, exp_avg_sq_FC)
     if not covers(torch.float32, rows_FC, *moments, weights_N, tokens_BC):
         return reference.fused_adam_rows(rows_FC, *moments, index, weights_N, tokens_BC, hyper, dots=dots)
+    check_written(rows_FC=rows_FC, exp_avg_FC=exp_avg_FC, exp_avg_sq_FC=exp_avg_sq_FC)
+    index = index.contiguous()
     tasks = row_tasks(index.offsets, rows_FC.shape[1], _IDLE_COST)
     dots_N = hot_dots(tasks, index, tokens_BC, rows_FC) if dots else None
     squares_P = torch.zeros(tasks.n_rows, dtype=torch.float64)

@@ -17,6 +17,7 @@ from trainer.kernels.cpu.sparse_decode import add_rows
 from trainer.kernels.cpu.support import covers, rows_of
 from trainer.kernels.cpu.threads import launch
 from trainer.kernels.cpu.vectors import Vector, axpy, dot, dot_axpy, dot_axpy2
+from trainer.kernels.strides import check_written
 
 _CHUNK = 1024
 _TOKENS = 16
@@ -52,7 +53,8 @@ def decoder_backward(
             accumulate=accumulate,
             dots=dots,
         )
-    n = feature_ids_N.numel()
+    check_written(out_FC=out_FC)
+    index, n = index.contiguous(), feature_ids_N.numel()
     if not dots:
         if out_FC is not None:
             row_gradients(index, values_N, grad_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
@@ -109,6 +111,8 @@ def row_gradients(
         return reference.row_gradients(index, weights_N, tokens_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
     if out_FC is None:
         out_FC = tokens_BC.new_empty(index.offsets.numel() - 1, tokens_BC.shape[1])
+    check_written(out_FC=out_FC)
+    index = index.contiguous()
     tasks = row_tasks(index.offsets, out_FC.shape[1], idle_cost=1)
     sorted_N = weights_N[index.order_N]
     launch(
@@ -131,7 +135,7 @@ def feature_sums(index: FeatureIndex, weights_N: Tensor) -> Tensor:
     """See the reference; other dtypes than float32 go to it."""
     if not covers(torch.float32, weights_N):
         return reference.feature_sums(index, weights_N)
-    n_features, weights_N = index.offsets.numel() - 1, weights_N.contiguous()
+    n_features, index, weights_N = index.offsets.numel() - 1, index.contiguous(), weights_N.contiguous()
     sums_F = weights_N.new_empty(n_features)
     parts = -(-n_features // 1024)
     launch(_sums, parts, n_features, weights_N.numel(), index.offsets, index.order_N, weights_N, sums_F)

@@ -14,6 +14,7 @@ from trainer.kernels.cpu.compiling import block_of, float32_array, helper, int64
 from trainer.kernels.cpu.support import covers, rows_of
 from trainer.kernels.cpu.threads import launch
 from trainer.kernels.cpu.vectors import Vector, axpy, axpy4
+from trainer.kernels.strides import check_written
 
 _CHUNK = 1024
 _TOKENS = 32
@@ -28,6 +29,7 @@ def sparse_decode(
     if not covers(compute_dtype, y_BC, values_N, rows_FC):
         reference.sparse_decode(y_BC, offsets, feature_ids_N, values_N, rows_FC, compute_dtype)
         return
+    check_written(y_BC=y_BC)
     n_tokens, n_columns = y_BC.shape
     ids_N, weights_N = feature_ids_N.contiguous(), values_N.contiguous()
     width = _CHUNK if rows_FC.shape[0] <= _RESIDENT_FEATURES else n_columns

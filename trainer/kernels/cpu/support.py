@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
+from trainer.kernels.strides import has_dense_columns
+
 
 def covers(compute_dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Whether a kernel of this folder takes these operands (else the reference does)."""
     return compute_dtype == torch.float32 and all(
-        t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and (t.numel() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1)
-        for t in tensors
-        if t is not None
+        t.dtype == torch.float32 and t.device.type == "cpu" and has_dense_columns(t) for t in tensors if t is not None
     )
 
 

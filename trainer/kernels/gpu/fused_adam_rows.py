@@ -26,6 +26,7 @@ from trainer.kernels.gpu.feature_rows import (
     sum_dots,
 )
 from trainer.kernels.gpu.launch import has_kernel, rounds, run
+from trainer.kernels.strides import check_written, dense_columns
 
 
 def fused_adam_rows(
@@ -47,6 +48,8 @@ def fused_adam_rows(
         return reference.fused_adam_rows(
             rows_FC, exp_avg_FC, exp_avg_sq_FC, index, weights_N, tokens_BC, hyper, dots=dots
         )
+    check_written(rows_FC=rows_FC, exp_avg_FC=exp_avg_FC, exp_avg_sq_FC=exp_avg_sq_FC)
+    index, tokens_BC = index.contiguous(), dense_columns(tokens_BC)
     n_features, n_columns = rows_FC.shape
     plan = plan_pass(index, tokens_BC, sums=True, dots=dots)
     squares = torch.empty(plan.n_chunks, n_features, dtype=torch.float32, device=rows_FC.device)

@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from trainer.kernels.strides import dense_columns
+
 # A table is copied to 16 bits before the gathers when its rows are read more often than this on average: the copy
 # moves 6 bytes a value, a gather from the copy 2 instead of 4.
 _READS_WORTH_A_COPY = 3
@@ -39,7 +41,8 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def gathered_table(table_RC: Tensor, n_entries: int, compute_dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """The table to gather from, and whether the kernel still has to round its values to bfloat16."""
+    """The table to gather from, dense in a row, and whether the kernel still has to round its values to bfloat16."""
+    table_RC = dense_columns(table_RC)
     if not rounds(table_RC, compute_dtype):
         return table_RC, False
     if n_entries > _READS_WORTH_A_COPY * table_RC.shape[0]:

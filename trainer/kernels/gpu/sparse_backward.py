@@ -27,6 +27,7 @@ from trainer.kernels.gpu.feature_rows import (
     sum_dots,
 )
 from trainer.kernels.gpu.launch import gathered_table, has_kernel, rounds, run
+from trainer.kernels.strides import check_written, dense_columns
 
 # What becomes of a row's sum.
 _DROP, _STORE, _ADD = 0, 1, 2
@@ -54,6 +55,8 @@ def decoder_backward(
             grad_BC, rows_FC, offsets, feature_ids_N, tokens_N, index, values_N, compute_dtype,
             out_FC=out_FC, accumulate=accumulate, dots=dots,
         )  # fmt: skip
+    check_written(out_FC=out_FC)
+    index, rows_FC = index.contiguous(), dense_columns(rows_FC)
     table, round_table = gathered_table(grad_BC, values_N.numel(), compute_dtype)
     plan = plan_pass(index, table, sums=out_FC is not None, dots=dots)
     mode = _DROP if out_FC is None else _ADD if accumulate else _STORE
@@ -78,6 +81,8 @@ def row_gradients(
         return reference.row_gradients(index, weights_N, tokens_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
     if out_FC is None:
         out_FC = tokens_BC.new_empty(index.offsets.numel() - 1, tokens_BC.shape[1])
+    check_written(out_FC=out_FC)
+    index = index.contiguous()
     table, round_table = gathered_table(tokens_BC, weights_N.numel(), compute_dtype)
     plan = plan_pass(index, table, sums=True, dots=False)
     sorted_N = weights_N[index.order_N].to(compute_dtype)
@@ -90,7 +95,7 @@ def feature_sums(index: FeatureIndex, weights_N: Tensor) -> Tensor:
     if not has_kernel(weights_N):
         return reference.feature_sums(index, weights_N)
     n_features = index.offsets.numel() - 1
-    sums_F = weights_N.new_empty(n_features)
+    sums_F, index, weights_N = weights_N.new_empty(n_features), index.contiguous(), weights_N.contiguous()
     run(_feature_sums, (n_features,), sums_F, sums_F, index.offsets, index.order_N, weights_N, BLOCK=_SUM_BLOCK)
     return sums_F
 

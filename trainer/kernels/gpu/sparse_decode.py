@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.kernels import sparse_decode as reference
 from trainer.kernels.gpu.compile import CompileCase
 from trainer.kernels.gpu.launch import blocks, chunk_columns, gathered_table, has_kernel, run
+from trainer.kernels.strides import check_written
 
 # Rows in flight per program: 8 chunks of 512 bytes in 64 registers, so 32 programs share an SM.
 _ENTRIES = 8
@@ -24,6 +25,7 @@ def sparse_decode(
     if not has_kernel(y_BC, values_N, rows_FC) or compute_dtype == torch.float64:
         reference.sparse_decode(y_BC, offsets, feature_ids_N, values_N, rows_FC, compute_dtype)
         return
+    check_written(y_BC=y_BC)
     n_tokens, n_columns = y_BC.shape
     if feature_ids_N.numel() == 0:
         return
@@ -34,9 +36,9 @@ def sparse_decode(
         (n_tokens, blocks(n_columns, chunk)),
         y_BC,
         y_BC,
-        offsets,
-        feature_ids_N,
-        values_N.to(compute_dtype),
+        offsets.contiguous(),
+        feature_ids_N.contiguous(),
+        values_N.to(compute_dtype).contiguous(),
         table,
         n_columns,
         y_BC.stride(0),
