@@ -11,21 +11,16 @@ sends the same messages by a hook.
 """
 
 import argparse
-import os
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from activation_store.batch import ActivationBatch
 from benchmarks.measure import command, machine, median_ratio, table, take_turns, write_page
+from benchmarks.ranks import in_ranks
 from benchmarks.sent import groups_counted
 from trainer.config import (
     ActivationConfig,
@@ -104,16 +99,9 @@ def _new(
     return engine, step
 
 
-def join(rank: int, size: int, store: str) -> None:
-    """Makes this process a rank, as torchrun does: accelerate goes by the environment."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-
-
-def _rank(rank: int, arguments: argparse.Namespace, store: str, queue: Any) -> None:
+def _measured(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, tuple[float, float]]]:
+    """By engine: seconds of every round; bytes by the formula, and counted. On every rank."""
     device = torch.device("cpu")
-    join(rank, arguments.ranks, store)
     mesh = mesh_of(arguments.ranks, 1, device)
     shape, microbatches = arguments.shape, arguments.microbatches
     steps = {name: _new(ENGINES[name], mesh, shape, microbatches)[1] for name in arguments.engines}
@@ -122,10 +110,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, queue: Any) -> N
     for name in steps:
         found, formula, _ = bytes_sent(name, mesh, shape, microbatches)
         sent[name] = (sum(formula.values()), sum(found.values()))
-    if rank == 0:
-        queue.put((seconds, sent))
-    dist.barrier()
-    dist.destroy_process_group()
+    return seconds, sent
 
 
 def _page(arguments: argparse.Namespace, seconds: dict[str, list[float]], sent: dict[str, tuple[float, float]]) -> str:
@@ -166,26 +151,7 @@ def main() -> None:
     parser.add_argument("--write", metavar="FILE", help="write the page there")
     arguments = parser.parse_args()
     arguments.shape = tuple(int(number) for number in arguments.shape.split(","))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="layerloom-engines-") as folder:
-        processes = [
-            context.Process(target=_rank, args=(rank, arguments, str(Path(folder) / "store"), queue))
-            for rank in range(arguments.ranks)
-        ]
-        for process in processes:
-            process.start()
-        found = None
-        for process in processes:
-            while process.is_alive() and found is None:
-                process.join(0.2)
-                if not queue.empty():
-                    found = queue.get()
-            process.join()
-        if found is None or any(process.exitcode for process in processes):
-            sys.exit("a process failed: see above")
-    page = _page(arguments, *found)
+    page = _page(arguments, *in_ranks(arguments.ranks, _measured, arguments))
     if arguments.write:
         write_page(arguments.write, page)
     else:

@@ -10,22 +10,19 @@ and token, on average over the ranks. Exit 1 where a sum is off by more than 5%.
 """
 
 import argparse
-import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from activation_store.batch import ActivationBatch
-from benchmarks.engines import ENGINES, bytes_sent, join
+from benchmarks.engines import ENGINES, bytes_sent
 from benchmarks.measure import command, table, write_page
+from benchmarks.ranks import in_ranks
 from benchmarks.sent import calls_counted
 from trainer.config import ActivationConfig, ActivationKind, KernelsConfig
 from trainer.loss import LossOutput, StepContext, compute_loss
@@ -214,14 +211,8 @@ def _measured(case: AnyCase) -> tuple[dict[str, float], dict[str, float]]:
             return measure(case)
 
 
-def _rank(rank: int, size: int, store: str, cases: list[AnyCase], queue: Any) -> None:
-    join(rank, size, store)
-    for case in cases:
-        found = _measured(case)
-        if rank == 0:
-            queue.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+def _all_measured(cases: list[AnyCase]) -> list[tuple[dict[str, float], dict[str, float]]]:
+    return [_measured(case) for case in cases]
 
 
 def _row(case: AnyCase, found: dict[str, float], formula: dict[str, float]) -> list[str]:
@@ -235,23 +226,9 @@ def _row(case: AnyCase, found: dict[str, float], formula: dict[str, float]) -> l
 def run_cases(cases: Sequence[AnyCase]) -> dict[AnyCase, tuple[dict[str, float], dict[str, float]]]:
     """(counted, formula) of each, in processes of their own."""
     results = {}
-    context = torch.multiprocessing.get_context("spawn")
     for size in sorted({case.data * case.feature for case in cases}):
         ours = [case for case in cases if case.data * case.feature == size]
-        with tempfile.TemporaryDirectory(prefix="layerloom-traffic-") as folder:
-            queue, store = context.Queue(), str(Path(folder) / "store")
-            processes = [context.Process(target=_rank, args=(rank, size, store, ours, queue)) for rank in range(size)]
-            for process in processes:
-                process.start()
-            for case in ours:
-                while case not in results:
-                    try:
-                        results[case] = queue.get(timeout=1)
-                    except Empty:
-                        if any(process.exitcode for process in processes):
-                            sys.exit("a process failed: see above")
-            for process in processes:
-                process.join()
+        results |= dict(zip(ours, in_ranks(size, _all_measured, ours), strict=True))
     return results
 
 
@@ -284,7 +261,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="WORD", help="cases whose name has one of these words")
     parser.add_argument("--write", metavar="FILE", help="write the page there")
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     words = arguments.only or [""]
     parts = [(title, text, [c for c in cases if any(word in c.name for word in words)]) for title, text, cases in PARTS]
     results = run_cases([case for _, _, cases in parts for case in cases])

@@ -14,7 +14,7 @@ from torch import Tensor
 from activation_store.batch import ActivationBatch
 from tests.training.runs import tiny_run
 from trainer.config import DecoderSplit, EngineKind, RunConfig
-from trainer.loss import StepContext
+from trainer.loss import StepContext, dead_features
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.parallel.collectives import collectives_of
@@ -24,7 +24,7 @@ from trainer.saving.pieces import Pieces, as_pieces
 
 B, L, D, F, K = 12, 3, 16, 32, 2
 STEPS = 20
-_CONTEXT = StepContext(k=K, penalty_scale=1.0, dead_after_tokens=10 * B, lr=2e-3)
+_DEAD_AFTER = 10 * B
 
 Look = Callable[[CrossLayerTranscoder, Sequence[ActivationBatch]], None]
 
@@ -33,7 +33,8 @@ Look = Callable[[CrossLayerTranscoder, Sequence[ActivationBatch]], None]
 class Case:
     """A training: `words` of its config by dotted name, its dtype, and what the run does beside stepping.
 
-    stop: after so many steps the state goes through checkpoint pieces into a new engine.
+    stop: after so many steps the state goes through checkpoint pieces into a new engine. dead_after: tokens for which a
+    dead feature is silent.
     """
 
     words: Mapping[str, Any] = field(default_factory=dict)
@@ -42,11 +43,14 @@ class Case:
     microbatches: int = 1
     stop: int | None = None
     seed: int = 0
+    dead_after: int = _DEAD_AFTER
 
 
 @dataclass
 class Outcome:
-    """One rank's. By step: loss, residual and L0; the norm. Pieces of model and optimizer after step 1 and the last."""
+    """One rank's. By step: loss, residual, L0, AuxK's part of the loss; the norm. Pieces of model and optimizer after
+    step 1 and the last.
+    """
 
     losses: list[list[float]]
     norms: list[float]
@@ -68,6 +72,7 @@ def run_serial(case: Case, look: Look | None = None) -> Outcome:
 
 def _run(case: Case, config: RunConfig, mesh: Mesh, look: Look | None = None) -> Outcome:
     engine, model = _new(case, config, mesh)
+    context = StepContext(k=K, penalty_scale=1.0, dead_after_tokens=case.dead_after, lr=2e-3)
     outcome = Outcome([], [], {}, {})
     for step in range(case.steps):
         if step == case.stop:
@@ -77,12 +82,13 @@ def _run(case: Case, config: RunConfig, mesh: Mesh, look: Look | None = None) ->
         microbatches = [_share(case, step * case.microbatches + n, mesh, model) for n in range(case.microbatches)]
         if look is not None:
             look(model, microbatches)
-        loss = engine.backward(microbatches, _CONTEXT, residual=True)
+        loss = engine.backward(microbatches, context, residual=True)
         norm = float(engine.gradient_norm())
         engine.update(norm)
         model.record_step(loss.fired, B * case.microbatches, loss.batch_threshold_L, 0.9)
         assert loss.residual_L is not None
-        outcome.losses.append([float(loss.total), float(loss.residual_L.sum()), float(loss.l0_L.sum())])
+        parts = (loss.total, loss.residual_L.sum(), loss.l0_L.sum(), loss.auxk)
+        outcome.losses.append([float(part) for part in parts])
         outcome.norms.append(norm)
         if step == 0:
             outcome.first = _state(engine)
@@ -114,14 +120,21 @@ def assemble(ranks: Sequence[Pieces]) -> dict[str, Tensor]:
 def smallest_gap(case: Case) -> float:
     """How near, over the serial run's steps, a selection comes to another: the smallest difference between the last
     selected pre-activation and the first that is not (topk, batchtopk), or of a pre-activation from its threshold and
-    the ends of its band (relu, jumprelu). Without AuxK, which selects for itself.
+    the ends of its band (relu, jumprelu); and of those of the dead features among which AuxK selects.
     """
     gaps: list[float] = []
+    activation = _config(case, 1, 1).activation
 
     def look(model: CrossLayerTranscoder, microbatches: Sequence[ActivationBatch]) -> None:
-        gaps.extend(
-            _gap(model, [model.pre_activations(n, batch.mlp_in[:, n]) for n in range(L)]) for batch in microbatches
-        )
+        dead = dead_features(model, case.dead_after) if activation.auxk_coefficient else []
+        for batch in microbatches:
+            pre_LBF = [model.pre_activations(n, batch.mlp_in[:, n]) for n in range(L)]
+            gaps.append(_gap(model, pre_LBF))
+            gaps.extend(
+                _gap_of_dead(pre_BF[:, dead_F], activation.auxk_k)
+                for pre_BF, dead_F in zip(pre_LBF, dead, strict=bool(dead))
+                if dead_F.any()
+            )
 
     run_serial(case, look)
     return min(gaps)
@@ -142,6 +155,14 @@ def _gap(model: CrossLayerTranscoder, pre_LBF: list[Tensor]) -> float:
         best = rows.topk(count + 1, dim=1).values
         gaps.append(float((best[:, -2] - best[:, -1]).min()))
     return min(gaps)
+
+
+def _gap_of_dead(pre_Bn: Tensor, k: int) -> float:
+    """As AuxK selects: the k largest of a token, if they are positive."""
+    ranked_Bn = torch.nn.functional.pad(pre_Bn, (0, k + 1), value=-torch.inf).sort(dim=1, descending=True).values
+    last_B, next_B = ranked_Bn[:, k - 1], ranked_Bn[:, k].clamp_min(0.0)
+    # Where fewer than k are positive what counts is how near one comes to being so.
+    return float(torch.where(last_B > 0, last_B - next_B, pre_Bn.abs().amin(dim=1)).min())
 
 
 def _new(case: Case, config: RunConfig, mesh: Mesh) -> tuple[Engine, CrossLayerTranscoder]:

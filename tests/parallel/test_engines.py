@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.engine_runs import Case, assemble, run_case, run_serial, smallest_gap
+from tests.parallel.engine_runs import B, Case, assemble, run_case, run_serial, smallest_gap
 from tests.parallel.processes import Processes
 
 # What tensors differ by, relative to their largest entry.
@@ -44,6 +44,11 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Features die within two steps and come back: AuxK's loss and its gradients are there from the third step on.
+DEAD: dict[str, Any] = {"activation.kind": "topk", "activation.auxk_k": 3}
+DEAD_SEED, DEAD_AFTER = 14, 2 * B
+
+
 def zero(stage: int, *, offload: bool = False) -> dict[str, Any]:
     """DeepSpeed's words."""
     return {"engine.kind": "deepspeed", "engine.zero_stage": stage, "engine.offload_optimizer": offload}
@@ -56,6 +61,11 @@ def case_of(engine: Mapping[str, Any], words: Mapping[str, Any] = TOPK, **values
     return Case(**{"words": {**words, **engine}, "dtype": dtype, "seed": SEED, **values})
 
 
+def dead_case(engine: Mapping[str, Any], **words: Any) -> Case:
+    """With dead features from early on, and AuxK."""
+    return case_of(engine, {**DEAD, **words}, seed=DEAD_SEED, dead_after=DEAD_AFTER)
+
+
 def check(processes: Processes, case: Case, data: int, feature: int, tolerance: float | None = None) -> None:
     """A mesh trains as one device does: losses and norms of all steps on all ranks, moments after the first step,
     everything after the last.
@@ -64,6 +74,8 @@ def check(processes: Processes, case: Case, data: int, feature: int, tolerance: 
     if case.dtype == torch.float32 and tolerance <= ROUNDING:
         assert smallest_gap(case) > SMALLEST_GAP
     serial, ranks = run_serial(case), processes.run(run_case, case, data, feature)
+    if case.dead_after == DEAD_AFTER:
+        assert all(auxk > 0 for *_, auxk in serial.losses[2:])
     for rank in ranks:
         for found, wanted in zip(rank.losses, serial.losses, strict=True):
             assert found == pytest.approx(wanted, rel=tolerance)
@@ -135,6 +147,10 @@ def test_zero_is_one_device(four_ranks: Processes, engine: dict[str, Any], data:
     check(four_ranks, case_of(engine, **values), data, 4 // data)
 
 
+def test_dead_features_come_back_as_on_one_device(four_ranks: Processes) -> None:
+    check(four_ranks, dead_case(zero(3)), 2, 2)
+
+
 @pytest.mark.parametrize("engine", [PLAIN, FSDP, ACCELERATE, zero(2)], ids=lambda words: words["engine.kind"])
 def test_mixed_precision_on_a_mesh(four_ranks: Processes, engine: dict[str, Any]) -> None:
     """Products in bfloat16: other losses than float32's, close to those of one device."""
@@ -171,6 +187,18 @@ def test_every_stage_of_zero_on_every_mesh(
 ) -> None:
     processes = two_ranks if mesh == (2, 1) else four_ranks
     check(processes, case_of(ENGINES[engine], {**TOPK, "parallel.decoder_split": split}, microbatches=2), *mesh)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("mesh", "split"), [((2, 1), "columns"), ((4, 1), "columns"), ((2, 2), "columns"), ((2, 2), "rows")]
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dead_features_with_every_engine(
+    two_ranks: Processes, four_ranks: Processes, engine: str, mesh: tuple[int, int], split: str
+) -> None:
+    processes = two_ranks if mesh == (2, 1) else four_ranks
+    check(processes, dead_case(ENGINES[engine], **{"parallel.decoder_split": split}), *mesh)
 
 
 # DeepSpeed has no float64. Where a threshold selects, the fewer features there are, the fewer come near it.
