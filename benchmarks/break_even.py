@@ -10,6 +10,7 @@ import argparse
 
 import torch
 
+from activation_store.device import resolve_device
 from trainer.kernels.dispatch import choose
 from trainer.model.break_even import mean_span
 from trainer.model.spec import ModelSpec
@@ -32,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
     choice = choose(options.backend, device)
     shapes = [tuple(map(int, options.shape.split(",")))] if options.shape else list(SHAPES)
     print(f"torch {torch.__version__}, {choice.kernels.name} ({choice.reason}), {options.dtype}, {device}")

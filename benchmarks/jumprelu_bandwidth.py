@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from activation_store.batch import ActivationBatch
+from activation_store.device import resolve_device
 from activation_store.shuffle import ShuffledBatches
 from activation_store.statistics import ScalingStatistics
 from activation_store.store import ActivationStore
@@ -226,7 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, store = torch.device(options.device), ActivationStore.open(options.store)
+    device, store = resolve_device(options.device), ActivationStore.open(options.store)
     if options.layers > store.n_layers:
         raise SystemExit(f"--layers={options.layers}, but the store has {store.n_layers}; use at most that many")
     rows, results = Rows(store, options.layers, options.batch, device), []

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activation_store.device import resolve_device
 from benchmarks.layer_ops import OPS, Inputs, LayerShape, make_inputs, positions
-from benchmarks.measure import command, machine, product_seconds, stream_rate, table, typical_seconds, write_page
+from benchmarks.measure import Page, command, machine, product_seconds, stream_rate, table, typical_seconds
 from benchmarks.steps import runs
 from trainer.kernels.dispatch import BACKENDS, REFERENCE, Kernels, kernels
 from trainer.kernels.encode_topk import Selection
+from trainer.reproducibility import deterministic
 
 # Name -> dtypes of the parameters and of the products.
 PRECISIONS = {
@@ -121,22 +123,20 @@ def main() -> None:
     options: Any = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = resolve_device(options.device)
     backends = options.backends or [name for name in BACKENDS[1:] if runs(name, device)]
     precisions = options.precisions or (list(PRECISIONS) if device.type == "cuda" else ["fp32"])
     standard = CUDA_SHAPES if device.type == "cuda" else (CPU_SHAPE,)
     shapes = [LayerShape(*map(int, options.shape.split(",")))] if options.shape else standard
-    sections = ["# Kernels, op by op", f"    {command('benchmarks.kernels')}", f"Conditions: {machine(device)}."]
-    print("\n\n".join(sections), flush=True)
+    title = ("# Kernels, op by op", f"    {command('benchmarks.kernels')}", f"Conditions: {machine(device)}.")
+    page = Page(options.write, *title)
     for shape in shapes:
         if not fits(shape, device):
-            print(f"\n{shape}: left out, it wants {shape.bytes_needed / 2**30:.0f} GiB", flush=True)
+            page.add(f"{shape}: left out, it wants {shape.bytes_needed / 2**30:.0f} GiB.")
             continue
         for precision in precisions:
-            sections.append(section(shape, precision, device, backends, options.ops))
-            print(f"\n{sections[-1]}", flush=True)
-    if options.write:
-        write_page(options.write, "\n\n".join(sections))
+            with deterministic(device):
+                page.add(section(shape, precision, device, backends, options.ops))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+class Page:
+    """Sections of markdown, printed as they come. With a path the page is written after each: a run that is cut short,
+    or fails late, keeps what it has measured."""
+
+    def __init__(self, path: str | None, *sections: str) -> None:
+        self._path, self._sections = path, list(sections)
+        print("\n\n".join(sections), flush=True)
+
+    def add(self, section: str) -> None:
+        """The next section."""
+        self._sections.append(section)
+        print(f"\n{section}", flush=True)
+        if self._path:
+            write_page(self._path, "\n\n".join(self._sections))
+
+
 def write_page(path: str, text: str) -> None:
     """The page to a file, with a last newline."""
     Path(path).write_text(text.rstrip() + "\n", encoding="utf-8")

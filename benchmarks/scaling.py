@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from activation_store.device import resolve_device
 from benchmarks.measure import command, machine, median_ratio, table, take_turns, write_page
 from benchmarks.steps import Mode, Shape, build_step, modes_for, random_batch
 from trainer.memory import freed_memory_kept
@@ -96,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, base = torch.device(options.device), Shape.parse(options.shape)
+    device, base = resolve_device(options.device), Shape.parse(options.shape)
     modes = [mode for mode in modes_for(device) if not mode.bf16]
     if options.modes:
         modes = [mode for mode in modes if mode.name in {"dense", *options.modes}]

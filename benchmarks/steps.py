@@ -2,7 +2,8 @@
 
 A step does what `trainer.loop` does for one: loss and gradients, exact norm, check that it is finite, clip, Adam,
 dead-feature state. Learning rate 1e-8: Adam does its whole work, and the situation stays that of the first step, so
-that the k-th step of one mode compares with the k-th of another, and JumpReLU keeps the L0 that it was given.
+that the k-th step of one mode compares with the k-th of another, and JumpReLU keeps the L0 that it was given. It runs
+in the mode in which training runs (trainer.reproducibility.deterministic); the dense step without.
 
 Legend: B tokens, L layers, D d_model, F features of a layer, K active features per token and layer.
 """
@@ -34,6 +35,7 @@ from trainer.loss import StepContext
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.parallel.plain import PlainEngine
+from trainer.reproducibility import deterministic
 
 LR = 1e-8
 # Of the recipe's JumpReLU (conf/activation/jumprelu.yaml).
@@ -207,13 +209,14 @@ def build_step(
     context = StepContext(k=shape.k, penalty_scale=1.0, dead_after_tokens=2**62, lr=LR)
 
     def step() -> float:
-        loss = engine.backward([batch], context)
-        norm = float(engine.gradient_norm())
-        if not math.isfinite(norm):
-            raise RuntimeError(f"{mode.name}: the gradient's norm is {norm}")
-        engine.update(norm)
-        model.record_step(loss.fired, shape.n_tokens, loss.batch_threshold_L)
-        return float(loss.total)
+        with deterministic(device):
+            loss = engine.backward([batch], context)
+            norm = float(engine.gradient_norm())
+            if not math.isfinite(norm):
+                raise RuntimeError(f"{mode.name}: the gradient's norm is {norm}")
+            engine.update(norm)
+            model.record_step(loss.fired, shape.n_tokens, loss.batch_threshold_L)
+            return float(loss.total)
 
     return step
 

@@ -12,12 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from activation_store.device import make_products_reproducible
+
 if TYPE_CHECKING:
     from tests.job import Job
     from trainer.config import RunConfig
 
 # Tests share a few cores with one another; sums are then in one order as well.
 torch.set_num_threads(1)
+# Some tests put tensors on a GPU themselves.
+make_products_reproducible()
 if not torch.cuda.is_available():
     # Read when triton is first imported, which torch.optim does: its kernels then run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"

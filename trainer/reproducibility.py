@@ -1,7 +1,6 @@
 """What a bit-exact resume depends on besides the checkpoint's tensors: generators, versions, threads, hardware."""
 
 import base64
-import os
 import platform
 import random
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from activation_store.device import make_products_reproducible
 
 _PACKAGES = ("torch", "numpy", "zarr", "safetensors", "layerloom", "numba", "triton")
 
@@ -70,19 +71,30 @@ def environment_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> l
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """On CUDA, asks for deterministic kernels (a warning where there is none); the CPU's are."""
+    """The mode in which training runs. On CUDA, asks for deterministic kernels (a warning where there is none) and for
+    bf16 products whose sums stay in float32 to the end; the CPU's are so."""
     if device.type != "cuda":
         yield
         return
-    # cuBLAS reads this when its handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    make_products_reproducible()
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # A module whose attribute is a property: no type that mypy knows.
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # By default the mode fills every torch.empty with NaN. Kernels write all that is read later, so it shows nothing,
+    # and of the buffers of a step it would write gigabytes.
+    memory.fill_uninitialized_memory = False
+    # Else cuBLAS may cut a long sum into parts and round each to bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        memory.fill_uninitialized_memory = filled
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
 def _encode(state: torch.Tensor) -> str:

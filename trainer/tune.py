@@ -24,6 +24,7 @@ from trainer.model.initialise import initialise_layer
 from trainer.model.layer import SourceLayer
 from trainer.model.runtime import FusedUpdates, GradientBuffers, Runtime
 from trainer.model.spec import ModelSpec
+from trainer.reproducibility import deterministic
 
 DENSITIES = tuple(0.001 * 2**i for i in range(10))
 # Timed pairs at each density, after one that is not counted.
@@ -151,8 +152,9 @@ class _Bench:
         self.layer.zero_grad(set_to_none=True)
         self._wait()
         start = time.perf_counter()
-        run(selection).backward(self.grad_BTD)  # type: ignore[no-untyped-call]
-        self._wait()
+        with deterministic(self.device):
+            run(selection).backward(self.grad_BTD)  # type: ignore[no-untyped-call]
+            self._wait()
         return time.perf_counter() - start
 
     def _wait(self) -> None:

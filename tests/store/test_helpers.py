@@ -125,6 +125,21 @@ def test_devices() -> None:
         resolve_device("cuda:99")
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_whoever_resolves_a_gpu_has_reproducible_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS reads the variable at the first product of a process, which needs a device first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    resolve_device("cpu")
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert resolve_device(name).type == "cuda"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    resolve_device(name)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has set"
+
+
 def test_package_files_are_found_without_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "shipped_here"
     package.mkdir()

@@ -77,8 +77,8 @@ class LayerCodes:
     def fired(self) -> Tensor:
         """(F) bool: active on at least one token."""
         fired_F = torch.zeros(self.n_features, dtype=torch.bool, device=self.offsets.device)
-        fired_F[self.feature_ids[self.values.detach() > 0]] = True
-        return fired_F
+        # Not by indexing, which sorts the indices on CUDA where algorithms are to be deterministic.
+        return fired_F.index_fill_(0, self.feature_ids[self.values.detach() > 0], True)
 
     def counts(self) -> Tensor:
         """(F) int64: number of tokens on which each feature is active."""
