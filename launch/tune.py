@@ -7,6 +7,7 @@ from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from launch.config import LayerloomConfig
 from trainer.build import model_spec
+from trainer.kernels.dispatch import words_of
 from trainer.tune import DENSITIES, Measured, measure
 from trainer.tuned import choose_backend, compute_dtype, machine, save
 
@@ -17,7 +18,7 @@ def run_tune(config: LayerloomConfig) -> None:
     spec = model_spec(config.model, config.activation, *_shape(config))
     choice = choose_backend(config.kernels.backend, device)
     its_machine = machine(device, choice.kernels.name, dtype)
-    where = [its_machine["hardware"], its_machine["dtype"], f"kernels {choice.kernels.name} ({choice.reason})"]
+    where = [its_machine["hardware"], its_machine["dtype"], f"kernels {words_of(choice, dtype)}"]
     where += [f"threads: {its_machine['threads']}"] if device.type == "cpu" else []
     shape = f"{spec.n_layers} layers of width {spec.d_model}, {spec.n_features} features each, {spec.kind}"
     print(f"tune: {', '.join(where)}; {shape}")

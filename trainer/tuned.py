@@ -17,8 +17,8 @@ from activation_store.atomic import read_json, write_json
 from activation_store.cache import cache_root
 from activation_store.errors import UserError
 from activation_store.progress import report
-from trainer.config import KernelBackend, KernelsConfig, Precision, RunConfig
-from trainer.kernels.dispatch import Choice, choose
+from trainer.config import KernelBackend, KernelsConfig, ParamDtype, Precision, RunConfig
+from trainer.kernels.dispatch import Choice, choose, words_of
 from trainer.model.break_even import BreakEven, family, limited, shipped_break_even
 from trainer.model.spec import ModelSpec
 from trainer.reproducibility import hardware_name
@@ -49,8 +49,8 @@ def choose_kernels(config: RunConfig, spec: ModelSpec, device: torch.device) -> 
     name, n_threads = choice.kernels.name, torch.get_num_threads()
     threads = f", {n_threads} thread{'s' * (n_threads > 1)}" if device.type == "cpu" else ""
     line = (
-        f"kernels: {name} ({choice.reason}){threads}; layers with more than {found.density:.3g} of their entries "
-        f"active are dense ({found.source})"
+        f"kernels: {words_of(choice, operand_dtype(config))}{threads}; layers with more than {found.density:.3g} of "
+        f"their entries active are dense ({found.source})"
     )
     return ChosenKernels(name, replace(config.kernels, dense_above_density=found.density), line)
 
@@ -66,6 +66,11 @@ def choose_backend(backend: KernelBackend, device: torch.device) -> Choice:
 def compute_dtype(config: RunConfig) -> torch.dtype:
     """Of the products' operands."""
     return torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+
+
+def operand_dtype(config: RunConfig) -> torch.dtype:
+    """bfloat16 where anything that is multiplied or gathered is: products, or the parameters themselves."""
+    return torch.bfloat16 if config.optim.param_dtype is ParamDtype.bf16 else compute_dtype(config)
 
 
 def machine(device: torch.device, backend: str, dtype: torch.dtype) -> dict[str, Any]:

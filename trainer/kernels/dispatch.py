@@ -225,6 +225,18 @@ def choose(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
     return _choose(str(backend), torch.device(device).type, dtype)
 
 
+def words_of(choice: Choice, operands: torch.dtype) -> str:
+    """For the log: which backend computes with products' operands of that dtype, and why.
+
+    What the compiled kernels of a CPU do not take they hand to the reference, op by op: with bfloat16 every product and
+    gather. The feature index, sums of float32 and the cut of a batch stay theirs.
+    """
+    if choice.kernels.name != "cpu" or operands == torch.float32:
+        return f"{choice.kernels.name} ({choice.reason})"
+    why = "auto: " if choice.reason.startswith("auto") else ""
+    return f"reference ({why}the compiled kernels of a CPU take float32, not {_name(operands)}; index and sums: cpu)"
+
+
 def check_name(backend: str) -> None:
     """Raises ValueError for an unknown backend."""
     if backend not in BACKENDS:
