@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     adopt_launcher()
     if process_count() == 1:
         return _told(words, speaks=True)
-    if verb and verb != "train":
+    if verb and not VERBS[verb].on_a_mesh:
         if is_first_process():
             told = f"{verb} is for one process, and {process_count()} were started; start it without torchrun or srun"
             print(f"layerloom: {told}", file=sys.stderr)

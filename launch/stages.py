@@ -102,7 +102,7 @@ def evaluate(config: LayerloomConfig, arguments: Arguments) -> int:
     prepare(config, "evaluate")
     from trainer.evaluation.evaluate import evaluate as run_evaluate
 
-    run_evaluate(Path(config.run), config.eval, device=config.device)
+    run_evaluate(Path(config.run), config.eval, parallel=config.parallel, device=config.device)
     return 0
 
 

@@ -23,13 +23,16 @@ CHECKPOINT_ACTIONS = ("info", "convert", "verify")
 
 @dataclass(frozen=True)
 class Verb:
-    """`handler` names a function of `launch.stages`. A strict verb refuses overrides of what it would not read."""
+    """`handler` names a function of `launch.stages`. A strict verb refuses overrides of what it would not read; one on
+    a mesh may run as several processes.
+    """
 
     summary: str
     groups: tuple[str, ...]
     keys: tuple[str, ...]
     handler: str
     strict: bool = False
+    on_a_mesh: bool = False
 
 
 VERBS: dict[str, Verb] = {
@@ -45,13 +48,16 @@ VERBS: dict[str, Verb] = {
         (*_TRAIN_GROUPS, "launch", "preset"),
         ("run", "device"),
         "train",
+        on_a_mesh=True,
     ),
     "evaluate": Verb(
-        "measures a run on held-out documents (its other settings come from the run's config.yaml)",
-        ("eval", "launch", "preset"),
+        "measures a run on held-out documents (its other settings come from the run's config.yaml); under torchrun "
+        "with parallel.feature=N each process holds a part of the transcoder",
+        ("eval", "parallel", "launch", "preset"),
         ("run", "device"),
         "evaluate",
         strict=True,
+        on_a_mesh=True,
     ),
     "publish": Verb(
         "writes a run as a folder that circuit-tracer loads, checks it and adds a model card",

@@ -84,7 +84,7 @@ class Checkpoint:
         self._load(OPTIMIZER, as_pieces(tensors), widen=False)
 
     def _load(self, kind: str, pieces: Pieces, *, widen: bool) -> None:
-        reader = self.reader()
+        reader = self._opened()
         _check_same(self.path, reader.entries(kind), pieces, widen=widen)
         _expect_single_processes()
         with _first_failure_raised():
@@ -95,6 +95,19 @@ class Checkpoint:
                 process_group=self.ranks.group,
                 no_dist=self.ranks.group is None,
             )
+
+    def _opened(self) -> CheckpointReader:
+        """`reader` on every rank, or its error on every one: the others must not wait for one that has failed."""
+        reader, problem = None, None
+        try:
+            reader = self.reader()
+        except OSError as error:
+            problem = error
+        for each in self.ranks.gather(problem):
+            if each is not None:
+                raise each
+        assert reader is not None
+        return reader
 
 
 class Checkpointer:

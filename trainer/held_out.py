@@ -57,31 +57,11 @@ class _Sums:
 
     def add(self, model: CrossLayerTranscoder, x_BLD: Tensor, y_BLD: Tensor) -> None:
         """One batch, under both rules."""
-        self.targets.add(torch.zeros(len(x_BLD), dtype=torch.int64, device=x_BLD.device), y_BLD)
-        _add_inference(self.inference, model, x_BLD, y_BLD)
+        document_B = torch.zeros(len(x_BLD), dtype=torch.int64, device=x_BLD.device)
+        self.targets.add(document_B, y_BLD)
+        self.inference.add_inference(model, document_B, x_BLD, y_BLD)
         if model.spec.is_topk:
-            _add_training(self.training, model, x_BLD, y_BLD)
-
-
-def _add_inference(sums: RuleSums, model: CrossLayerTranscoder, x_BLD: Tensor, y_BLD: Tensor) -> None:
-    """The inference rule, one layer's codes at a time: they may be many."""
-    document_B = torch.zeros(len(x_BLD), dtype=torch.int64, device=x_BLD.device)
-    y_hat_BLD = model.empty_output(len(x_BLD))
-    for layer, x_BD in enumerate(x_BLD.unbind(1)):
-        codes = model.encode_layer(layer, x_BD)
-        sums.add_active(document_B, layer, codes)
-        y_hat_BLD = model.decode_into(y_hat_BLD, layer, codes, x_BD)
-    y_hat_BLD = model.complete_raw(y_hat_BLD, x_BLD)
-    sums.add_residual(document_B, y_BLD, model.unscale_targets(y_hat_BLD))
-
-
-def _add_training(sums: RuleSums, model: CrossLayerTranscoder, x_BLD: Tensor, y_BLD: Tensor) -> None:
-    """The training rule of topk and batchtopk, over the batch."""
-    document_B = torch.zeros(len(x_BLD), dtype=torch.int64, device=x_BLD.device)
-    features = model.encode(x_BLD, rule="training")
-    for layer, codes in enumerate(features.layers):
-        sums.add_active(document_B, layer, codes)
-    sums.add_residual(document_B, y_BLD, model.unscale_targets(model.decode(features, x_BLD)))
+            self.training.add_training(model, document_B, x_BLD, y_BLD)
 
 
 def _figures(model: CrossLayerTranscoder, targets: TargetSums, rule: RuleSums) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from activation_store.device import resolve_device
-from activation_store.errors import UserError
+from activation_store.errors import AgreedError, UserError
 from activation_store.progress import report
 from trainer.checkpoint import Checkpoint, Checkpointer
 from trainer.config import RunConfig
 from trainer.kernels.dispatch import choose
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Collectives
 from trainer.model.spec import ModelSpec
+from trainer.parallel.parts import whole_pieces
 from trainer.run_folder import load_config
 
 if TYPE_CHECKING:
@@ -61,16 +63,20 @@ def load_run(run: Path | str, *, device: str = "cpu") -> LoadedRun:
     return LoadedRun(model, config, SubjectInfo.from_dict(state["subject"]), tuple(state["layers"]), int(state["step"]))
 
 
-def load_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> CrossLayerTranscoder:
-    """The model of this very checkpoint, in float32 and eval mode.
+def load_checkpoint(
+    checkpoint: Checkpoint, config: RunConfig, device: torch.device, *, collectives: Collectives | None = None
+) -> CrossLayerTranscoder:
+    """The model of this very checkpoint, in float32 and eval mode; on a mesh (`collectives`), this rank's part of it.
 
-    Raises UserError if training has removed it in the meantime.
+    Raises UserError, on all ranks alike, if training has removed it in the meantime.
     """
-    model = CrossLayerTranscoder(ModelSpec(**checkpoint.state["spec"]), backend=kernel_backend(config, device))
+    spec = ModelSpec(**checkpoint.state["spec"])
+    model = CrossLayerTranscoder(spec, backend=kernel_backend(config, device), collectives=collectives)
     try:
-        checkpoint.load_model(model.state_dict(), widen=True)
+        pieces = whole_pieces(model.state_dict(), model.partitions(), model.collectives.partitioning)
+        checkpoint.load_model(pieces, widen=True)
     except FileNotFoundError:
-        raise UserError(
+        raise AgreedError(
             f"checkpoint {checkpoint.path} was removed while it was about to be read: its run is being trained; try "
             "again when training has ended"
         ) from None

@@ -60,6 +60,15 @@ def _parallel(config: RunConfig) -> Iterator[str]:
         )
 
 
+def check_features(n_features: int, parallel: ParallelConfig) -> None:
+    """Raises UserError where the features of a transcoder that is there cannot be split evenly."""
+    if n_features % parallel.feature:
+        raise UserError(
+            f"the run's model.n_features={n_features} is not divisible by parallel.feature={parallel.feature}; use "
+            f"parallel.feature={_nearest_divisors(n_features, parallel.feature)}"
+        )
+
+
 def check_columns(d_model: int, parallel: ParallelConfig) -> None:
     """Raises UserError where the columns of the decoders (known once the subject is) cannot be split evenly."""
     if d_model % parallel.feature:

@@ -202,7 +202,7 @@ def test_what_weights_do_not_depend_on_is_told_alone_too(tmp_path: Path) -> None
     assert (config.log.project, config.log.wandb) == ("mine", WandbMode.offline)
 
 
-@pytest.mark.parametrize("words", [["evaluate", "run=r"], ["publish"], ["demo"], ["store", "info", "s"]])
+@pytest.mark.parametrize("words", [["publish", "run=r"], ["tune"], ["demo"], ["store", "info", "s"]])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_for_one_process_is_refused_under_several(
     words: list[str], rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

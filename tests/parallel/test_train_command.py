@@ -1,4 +1,6 @@
-"""The command under torchrun: a run on a mesh is evaluated and published by one process, as any run."""
+"""The commands under torchrun: a run on a mesh is evaluated and published by one process, as any run; a run of one
+process is evaluated on a mesh.
+"""
 
 import gzip
 import json
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from launch.main import main
 from tests.job import Job, working_in
 from tests.parallel.processes import free_port
+from tests.training.runs import assert_close
 
 
 def test_a_run_under_torchrun_is_evaluated_and_published_as_that_of_one_process(
@@ -23,16 +26,7 @@ def test_a_run_under_torchrun_is_evaluated_and_published_as_that_of_one_process(
     shutil.copytree(job.folder / "store", tmp_path / "store")
     words = job.words_with(parallel__feature="2", train__profile="true", kernels__backend="reference")
     with working_in(tmp_path):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        launcher += ["--master-port", str(free_port()), "-m", "launch.main", "train"]
-        done = subprocess.run(
-            [*launcher, *words],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = _torchrun("train", *words)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("train: wrote 12 steps to run") == 1
         assert "train: 2 processes, data=1 x feature=2; engine plain; decoders by columns" in done.stderr
@@ -46,6 +40,40 @@ def test_a_run_under_torchrun_is_evaluated_and_published_as_that_of_one_process(
         _same_weights(tmp_path / "published" / name, job.folder / "published" / name)
     for rank in range(2):
         _shows_the_work(tmp_path / f"run/profile/rank_{rank:05d}.json.gz")
+
+
+def test_evaluation_under_torchrun_is_that_of_one_process(
+    job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In float32, as a user has it: rounding shows."""
+    for name in ("store", "run"):
+        shutil.copytree(job.folder / name, tmp_path / name)
+    for path in (tmp_path / "run/evaluation.json", tmp_path / "run/plots/summary.png"):
+        path.unlink()
+    words = ["run=run", "eval.documents=6", "launch.threads=1"]
+    with working_in(tmp_path):
+        done = _torchrun("evaluate", "parallel.feature=2", *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("wrote run/evaluation.json and 5 plots in run/plots") == 1
+        assert done.stderr.count("6 held-out documents") == 1
+        assert main(["publish", "run=run", "output=published", "launch.threads=1"]) == 0
+    capfd.readouterr()
+    found, wanted = (json.loads((folder / "run/evaluation.json").read_text()) for folder in (tmp_path, job.folder))
+    assert_close(found, wanted, "evaluation.json", rel=1e-3, absolute=1e-6)
+    assert (tmp_path / "run/plots/summary.png").is_file()
+
+
+def _torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command on two processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launcher, "--master-port", str(free_port()), "-m", "launch.main", *words],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def _same_figures(found: Path, wanted: Path) -> None:

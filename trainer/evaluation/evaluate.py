@@ -1,55 +1,139 @@
 """`layerloom evaluate run=DIR`: a run's newest checkpoint, measured on held-out documents."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from activation_store.atomic import write_json
 from activation_store.config import InputHook
-from activation_store.device import resolve_device
 from activation_store.errors import UserError
-from activation_store.progress import report
+from activation_store.progress import report, silenced
 from activation_store.store import ActivationStore
 from activation_store.subject import Subject, SubjectInfo, describe_subject, load_subject
 from activation_store.text import Document, stream_documents
 from activation_store.tokens import PackedContexts, pack_tokens
 from trainer.checkpoint import Checkpoint, Checkpointer
-from trainer.config import ActivationKind, EvalConfig, RunConfig, Span
+from trainer.config import ActivationKind, EvalConfig, ParallelConfig, RunConfig, Span
 from trainer.evaluation.inputs import INPUTS_FILE, evaluation_inputs
 from trainer.evaluation.measure import MeasureSettings, measure
 from trainer.evaluation.plots import save_plots
+from trainer.evaluation.ranks import check_axes, columns_split, stopped_together
 from trainer.evaluation.report import evaluation_json
 from trainer.evaluation.table import format_table
 from trainer.full_disk import full_disk_told
 from trainer.load import load_checkpoint
 from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.spec import ModelSpec
+from trainer.parallel.agreement import Agreement, lost_peers_told
+from trainer.parallel.collectives import collectives_of
+from trainer.parallel.mesh import Mesh, open_mesh, rank_device
 from trainer.rows import check_text, store_identity
 from trainer.run_folder import RunFolder, load_config, resume_command
 from trainer.sample import reference_path
+from trainer.saving.ranks import all_ranks
 from trainer.schedule import dead_after_tokens
 
 
-def evaluate(run: Path | str, config: EvalConfig, *, device: str = "auto", show_table: bool = True) -> dict[str, Any]:
+def evaluate(
+    run: Path | str,
+    config: EvalConfig,
+    *,
+    parallel: ParallelConfig | None = None,
+    device: str = "auto",
+    show_table: bool = True,
+) -> dict[str, Any]:
     """Measures a run on held-out documents; writes evaluation.json and plots/ into it and prints a table (if wanted).
+
+    `parallel`: the processes that are started, each to have its part of the transcoder (None: this one has it all).
 
     Returns the content of evaluation.json. Raises UserError, before anything is computed or written, for a folder that
     is no run, a run without a checkpoint or (topk, batchtopk) without thresholds yet, a store or subject that is not
-    the run's, and text with too few held-out documents.
+    the run's, text with too few held-out documents, and a mesh that does not fit.
     """
-    folder, run_config = RunFolder(run), load_config(run)
-    check_eval_config(config, run_config)
-    checkpoint = Checkpointer.of(folder.path, run_config).newest_good(model_only=True)
+    parallel = parallel if parallel is not None else ParallelConfig()
+    check_axes(parallel)
+    on, folder = rank_device(device), RunFolder(run)
+    with (
+        lost_peers_told(f"evaluate again with `{resume_command(folder.path, 'evaluate')}`"),
+        open_mesh(parallel, on) as mesh,
+        silenced(not mesh.is_first),
+    ):
+        return _evaluate(folder, config, parallel, mesh, on, show_table=show_table)
+
+
+def _evaluate(
+    folder: RunFolder,
+    config: EvalConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    show_table: bool,
+) -> dict[str, Any]:
+    """`evaluate` on an open mesh. Every rank runs the subject; rank 0 alone writes and speaks."""
+    agreement = Agreement(mesh)
+    with agreement.together():
+        run_config = load_config(folder.path)
+        check_eval_config(config, run_config)
+    checkpoint = Checkpointer.of(folder.path, run_config, ranks=all_ranks()).newest_good(model_only=True)
+    with stopped_together(mesh, agreement) as after_batch:
+        with agreement.together():
+            opened = _open(folder, config, run_config, checkpoint, parallel, device)
+        collectives = collectives_of(mesh, by_columns=opened.by_columns)
+        evaluation = evaluate_transcoder(
+            load_checkpoint(opened.checkpoint, run_config, device, collectives=collectives),
+            opened.subject,
+            opened.contexts,
+            _settings(config, run_config, opened.store),
+            threshold_rule=threshold_rule(run_config, opened.checkpoint),
+            dead_after_tokens=dead_after_tokens(run_config),
+            after_batch=after_batch,
+        )
+    first_layer = opened.store.layers[0]
+    with agreement.together(), full_disk_told(folder.path, resume_command(folder.path, "evaluate")):
+        if mesh.is_first:
+            _write(folder, evaluation, first_layer, _title(run_config, opened.subject.info))
+            write_json(folder.path / INPUTS_FILE, evaluation_inputs(folder.path, opened.checkpoint, config))
+    if show_table:
+        report(format_table(evaluation, first_layer=first_layer))
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is measured, and on what: found to belong together. by_columns: how decoders lie on the feature axis."""
+
+    checkpoint: Checkpoint
+    by_columns: bool
+    store: ActivationStore
+    subject: Subject
+    contexts: PackedContexts
+
+
+def _open(
+    folder: RunFolder,
+    config: EvalConfig,
+    run_config: RunConfig,
+    checkpoint: Checkpoint | None,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> _Opened:
+    """Raises UserError as `evaluate` does."""
     if checkpoint is None:
         raise UserError(
             f"run={folder.path} has no complete checkpoint to evaluate; train it: layerloom train run={folder.path} ..."
         )
     _check_thresholds(folder, checkpoint)
+    by_columns = columns_split(parallel, ModelSpec(**checkpoint.state["spec"]))
     store = ActivationStore.open(reference_path(run_config, folder.path))
-    info = describe_subject(run_config.subject)
-    _check_inputs(folder, checkpoint, store, info)
+    _check_inputs(folder, checkpoint, store, describe_subject(run_config.subject))
     check_text(run_config, store)
     documents = held_out_documents(run_config, config)
-    subject = load_subject(run_config.subject, device=resolve_device(device))
+    subject = load_subject(run_config.subject, device=device)
     contexts = pack_tokens(
         documents,
         subject.tokenizer,
@@ -57,20 +141,7 @@ def evaluate(run: Path | str, config: EvalConfig, *, device: str = "auto", show_
         bos_token_id=store.manifest.bos_token_id,
         contexts_per_document=config.contexts_per_document,
     )
-    evaluation = evaluate_transcoder(
-        load_checkpoint(checkpoint, run_config, subject.device),
-        subject,
-        contexts,
-        _settings(config, run_config, store),
-        threshold_rule=threshold_rule(run_config, checkpoint),
-        dead_after_tokens=dead_after_tokens(run_config),
-    )
-    with full_disk_told(folder.path, resume_command(folder.path, "evaluate")):
-        _write(folder, evaluation, store.layers[0], _title(run_config, info))
-        write_json(folder.path / INPUTS_FILE, evaluation_inputs(folder.path, checkpoint, config))
-    if show_table:
-        report(format_table(evaluation, first_layer=store.layers[0]))
-    return evaluation
+    return _Opened(checkpoint, by_columns, store, subject, contexts)
 
 
 def evaluate_transcoder(
@@ -81,14 +152,18 @@ def evaluate_transcoder(
     *,
     threshold_rule: str,
     dead_after_tokens: int | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The content of evaluation.json for any transcoder on any subject, measured on `contexts`; writes nothing.
 
-    The transcoder lies on the subject's device and covers the layers `settings.layers`. Without `dead_after_tokens`
-    (the window of training's dead features) the dead fractions are null.
+    The transcoder lies on the subject's device and covers the layers `settings.layers`; of one on a feature axis, all
+    ranks call this with the same contexts and get the same figures. Without `dead_after_tokens` (the window of
+    training's dead features) the dead fractions are null. `after_batch` may end it by raising.
     """
-    measured = measure(transcoder, subject, contexts, settings)
-    return evaluation_json(measured, transcoder, threshold_rule=threshold_rule, dead_after_tokens=dead_after_tokens)
+    measured = measure(transcoder, subject, contexts, settings, after_batch=after_batch)
+    return evaluation_json(
+        measured, transcoder.spec, threshold_rule=threshold_rule, dead_after_tokens=dead_after_tokens
+    )
 
 
 def check_eval_config(config: EvalConfig, run: RunConfig) -> None:

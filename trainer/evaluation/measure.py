@@ -1,10 +1,13 @@
 """The measurement itself: one pass over held-out contexts, any transcoder on any subject.
 
 Shapes: N contexts, C tokens of a context, R rows, K documents, L covered layers, D d_model, F features of a layer,
-V vocabulary, P scored positions.
+V vocabulary, P scored positions; d columns that this device decodes.
+
+On a feature axis all ranks run the subject on the same contexts, each with its part of the transcoder, and have the
+same result: what is summed here is of a rank's own features and columns until it is put together at the end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +19,7 @@ from activation_store.statistics import ScalingStatistics
 from activation_store.subject import Subject
 from activation_store.tokens import PackedContexts
 from trainer.evaluation.contexts import NO_TARGET, ContextBatch, Exclusion, context_batches, count_documents
-from trainer.evaluation.passes import LayerwiseTranscoder, ReplacedSubject
+from trainer.evaluation.passes import ReplacedSubject
 from trainer.evaluation.reconstruction import RuleSums, TargetSums, slices
 from trainer.evaluation.scores import ReplacedScores, ReplacementSums, position_values, score_replaced, score_subject
 from trainer.model.clt import CrossLayerTranscoder
@@ -49,6 +52,7 @@ class Measured:
 
     `rows_K` counts all rows but padding, `excluded_K` the excluded ones among them. `training` is `inference` itself
     where the two rules are one (relu, jumprelu). The replacement sums are None when not measured.
+    `tokens_since_active_LF` is the transcoder's own record from training.
     """
 
     rows_K: Tensor
@@ -58,15 +62,21 @@ class Measured:
     training: RuleSums
     replacement: ReplacementSums | None
     replacement_all_positions: ReplacementSums | None
+    tokens_since_active_LF: Tensor
 
 
 @torch.no_grad()
 def measure(
-    transcoder: CrossLayerTranscoder, subject: Subject, contexts: PackedContexts, settings: MeasureSettings
+    transcoder: CrossLayerTranscoder,
+    subject: Subject,
+    contexts: PackedContexts,
+    settings: MeasureSettings,
+    *,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Runs the subject over `contexts` once, and with its MLPs replaced when asked; sums every figure per document.
 
-    Of a batch, one set of captures and two of logits are in memory at a time.
+    Of a batch, one set of captures and two of logits are in memory at a time. `after_batch` may end it by raising.
     """
     measured = _empty(transcoder, subject, contexts, settings)
     exclusion = Exclusion(settings.statistics, settings.special_token_ids, settings.outlier_factor)
@@ -78,6 +88,8 @@ def measure(
         for batch in context_batches(contexts, settings.batch_contexts, subject.device):
             own = spliced.forward_subject(batch)
             excluded_NC = exclusion.excluded(batch, own.mlp_in_NCLD, own.mlp_out_NCLD)
+            # Of one mind, for rounding may put a norm on either side of the limit, and all take the same rows.
+            excluded_NC = transcoder.collectives.smallest(excluded_NC.to(torch.uint8)).bool()
             measured.rows_K.add_(_count(batch.document_NC[batch.valid_NC], measured.rows_K))
             measured.excluded_K.add_(_count(batch.document_NC[batch.valid_NC & excluded_NC], measured.excluded_K))
             used_NC = ~excluded_NC
@@ -87,8 +99,11 @@ def measure(
             if settings.replacement:
                 _add_replacement(measured, spliced, batch, own.logits_NCV, excluded_NC)
             progress.advance(int(batch.valid_NC.sum()))
+            after_batch()
         for group in groups.rest():
             _add_rows(measured, transcoder, group)
+    for rule in dict.fromkeys((measured.inference, measured.training)):
+        rule.sum_over(transcoder.collectives)
     return measured
 
 
@@ -141,7 +156,7 @@ def _empty(
 ) -> Measured:
     documents, device = count_documents(contexts), subject.device
     spec = transcoder.spec
-    inference, training = (RuleSums(documents, spec.n_layers, spec.n_features, device) for _ in range(2))
+    inference, training = (RuleSums(documents, spec.n_layers, transcoder.n_features, device) for _ in range(2))
     blocks = [ReplacementSums(documents, device) if settings.replacement else None for _ in range(2)]
     return Measured(
         rows_K=torch.zeros(documents, dtype=torch.float64, device=device),
@@ -151,6 +166,7 @@ def _empty(
         training=training if spec.is_topk else inference,
         replacement=blocks[0],
         replacement_all_positions=blocks[1],
+        tokens_since_active_LF=transcoder.collectives.gather_features(transcoder.tokens_since_active_LF),
     )
 
 
@@ -163,22 +179,13 @@ def _add_rows(measured: Measured, transcoder: CrossLayerTranscoder, group: Rows)
     for part in slices(len(group), _ROWS_AT_ONCE):
         rows = group[part]
         measured.targets.add(rows.document_R, rows.mlp_out_RLD)
-        stream = LayerwiseTranscoder(transcoder, len(rows))
-        y_hat = []
-        for layer, mlp_in_RD in enumerate(rows.mlp_in_RLD.unbind(1)):
-            y_hat_RD, codes = stream.next_layer(mlp_in_RD)
-            y_hat.append(y_hat_RD)
-            measured.inference.add_active(rows.document_R, layer, codes)
-        measured.inference.add_residual(rows.document_R, rows.mlp_out_RLD, torch.stack(y_hat, 1))
+        mlp_out_RLd = transcoder.local_columns(rows.mlp_out_RLD)
+        measured.inference.add_inference(transcoder, rows.document_R, rows.mlp_in_RLD, mlp_out_RLd)
     if measured.training is measured.inference:
         return
     # Selection is over the whole group; what is selected is sparse.
-    mlp_in_RLD = group.mlp_in_RLD
-    features = transcoder.encode(mlp_in_RLD, rule="training")
-    for layer, codes in enumerate(features.layers):
-        measured.training.add_active(group.document_R, layer, codes)
-    y_hat_RLD = transcoder.unscale_targets(transcoder.decode(features, mlp_in_RLD))
-    measured.training.add_residual(group.document_R, group.mlp_out_RLD, y_hat_RLD)
+    mlp_out_RLd = transcoder.local_columns(group.mlp_out_RLD)
+    measured.training.add_training(transcoder, group.document_R, group.mlp_in_RLD, mlp_out_RLd)
 
 
 def _add_replacement(

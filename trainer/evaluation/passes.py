@@ -14,7 +14,6 @@ from activation_store.hooks import forward_replaced
 from activation_store.subject import Subject
 from trainer.evaluation.contexts import ContextBatch
 from trainer.model.clt import CrossLayerTranscoder
-from trainer.model.features import LayerCodes
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,13 @@ class LayerwiseTranscoder:
         self._y_RTD = transcoder.empty_output(rows)
         self._layer = 0
 
-    def next_layer(self, mlp_in_RD: Tensor) -> tuple[Tensor, LayerCodes]:
-        """Takes the next layer's raw mlp_in (R, D); returns its reconstruction (R, D) in raw units, and its codes."""
+    def next_layer(self, mlp_in_RD: Tensor) -> Tensor:
+        """Takes the next layer's raw mlp_in (R, D); returns its reconstruction (R, D) in raw units."""
         layer, model = self._layer, self.transcoder
         codes = model.encode_layer(layer, mlp_in_RD)
         self._y_RTD = model.decode_into(self._y_RTD, layer, codes, mlp_in_RD)
         self._layer += 1
-        y_RD = self._y_RTD[:, layer] / model.target_scale_LD[layer] + model.target_shift_LD[layer]
-        return y_RD, codes
+        return model.target_output(self._y_RTD, layer, mlp_in_RD)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class ReplacedSubject:
 
         def replace(layer: int, mlp_in_NCD: Tensor, own_NCD: Tensor) -> Tensor:
             new_NCD = own_NCD.clone()
-            new_NCD[~kept_NC] = stream.next_layer(mlp_in_NCD[~kept_NC])[0].to(own_NCD)
+            new_NCD[~kept_NC] = stream.next_layer(mlp_in_NCD[~kept_NC]).to(own_NCD)
             return new_NCD
 
         return self._forward(batch, replace)

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.collectives import Collectives
 from trainer.model.features import LayerCodes
 
 _ROWS_AT_ONCE = 128
@@ -60,6 +62,31 @@ class RuleSums:
         per_row_R = torch.bincount(codes.tokens[active_N], minlength=len(document_R))
         self.active_KL[:, layer].index_add_(0, document_R, per_row_R.double())
         self.firings_LF[layer] += codes.counts()
+
+    def add_inference(self, model: CrossLayerTranscoder, document_R: Tensor, x_RLD: Tensor, y_RLD: Tensor) -> None:
+        """Adds rows (x, y) under the inference rule, one layer's codes at a time: they may be many. y: the columns that
+        this device decodes.
+        """
+        y_hat_RLD = model.empty_output(len(x_RLD))
+        for layer, x_RD in enumerate(x_RLD.unbind(1)):
+            codes = model.encode_layer(layer, x_RD)
+            self.add_active(document_R, layer, codes)
+            y_hat_RLD = model.decode_into(y_hat_RLD, layer, codes, x_RD)
+        y_hat_RLD = model.complete_raw(y_hat_RLD, x_RLD)
+        self.add_residual(document_R, y_RLD, model.unscale_targets(y_hat_RLD))
+
+    def add_training(self, model: CrossLayerTranscoder, document_R: Tensor, x_RLD: Tensor, y_RLD: Tensor) -> None:
+        """As `add_inference`, under the training rule of topk and batchtopk, which selects over these rows."""
+        features = model.encode(x_RLD, rule="training")
+        for layer, codes in enumerate(features.layers):
+            self.add_active(document_R, layer, codes)
+        self.add_residual(document_R, y_RLD, model.unscale_targets(model.decode(features, x_RLD)))
+
+    def sum_over(self, collectives: Collectives) -> None:
+        """From sums over the features and columns of this device to those over all of the feature axis."""
+        self.residual_KL = collectives.sum_columns(self.residual_KL)
+        self.active_KL = collectives.sum_features(self.active_KL)
+        self.firings_LF = collectives.gather_features(self.firings_LF)
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from activation_store.errors import UserError
+from trainer.build import parameter_count
 from trainer.evaluation.jackknife import Statistic, as_json, jackknife
 from trainer.evaluation.measure import Measured
 from trainer.evaluation.reconstruction import RuleSums, density_histogram, fvu, fvu_per_layer, l0, l0_per_layer, sums_of
-from trainer.model.clt import CrossLayerTranscoder
+from trainer.model.spec import ModelSpec
 
 SCHEMA_VERSION = 1
 
 
 def evaluation_json(
     measured: Measured,
-    transcoder: CrossLayerTranscoder,
+    spec: ModelSpec,
     *,
     threshold_rule: str,
     dead_after_tokens: int | None,
@@ -27,7 +28,6 @@ def evaluation_json(
     `dead_after_tokens` is the window of training's dead features; without one, the dead fractions are null. Raises
     UserError if every row was excluded.
     """
-    spec = transcoder.spec
     tokens = int(measured.targets.count_K.sum())
     if tokens == 0:
         raise UserError(
@@ -41,12 +41,12 @@ def evaluation_json(
         "documents": len(measured.rows_K),
         **_with_se({"excluded_fraction": _excluded}, {"rows": measured.rows_K, "excluded": measured.excluded_K}),
         "n_features_total": spec.n_layers * spec.n_features,
-        "parameters": sum(parameter.numel() for parameter in transcoder.parameters()),
+        "parameters": parameter_count(spec),
         "activation": str(spec.kind),
         "threshold_rule": threshold_rule,
         **_reconstruction(measured, measured.inference, _INFERENCE),
         "training_rule": _reconstruction(measured, measured.training, _TRAINING),
-        **_dead(transcoder.tokens_since_active_LF, dead_after_tokens),
+        **_dead(measured.tokens_since_active_LF, dead_after_tokens),
         "silent_fraction": float((firings_LF == 0).double().mean()),
         "density_histogram": density_histogram(firings_LF, tokens),
         "replacement": None if measured.replacement is None else measured.replacement.report(),

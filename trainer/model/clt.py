@@ -313,6 +313,18 @@ class CrossLayerTranscoder(nn.Module):
         with self.running() as runtime:
             return self.complete(y_BTD, self.scale_inputs(mlp_in_BLD) if mlp_in_BLD is not None else None, runtime)
 
+    @torch.no_grad()
+    def target_output(self, y_BTD: Tensor, layer: int, mlp_in_BD: Tensor) -> Tensor:
+        """(B, D) reconstruction of one target in RAW units, all columns, once the layers up to it are decoded into y;
+        no gradient. With decoders split by rows that completes it in y: to be asked for once.
+        """
+        if self.collectives.partitioning.rows_split:
+            y_BTD[:, layer] = self.collectives.combine_output(y_BTD[:, layer].contiguous())
+            with self.running() as runtime:
+                self.source_layers[layer].add_bias(y_BTD, self.scale_input(layer, mlp_in_BD), runtime)
+        y_BD = y_BTD[:, layer] / self.target_scale_LD[layer] + self.target_shift_LD[layer]
+        return self.collectives.gather_columns(y_BD)
+
     def empty_output(self, n_tokens: int) -> Tensor:
         """(B, T, D) zeros to decode into."""
         return self.target_scale_LD.new_zeros(n_tokens, *self.target_scale_LD.shape)

@@ -171,6 +171,12 @@ class Collectives(Protocol):
     def combine_output(self, y_BTD: Tensor) -> Tensor:
         """Reconstruction from this device's features -> from all of them (rows); y itself with columns split."""
 
+    def gather_columns(self, y_BD: Tensor) -> Tensor:
+        """This device's columns of a reconstruction -> all of them; y itself where all have all; no gradient."""
+
+    def gather_features(self, x_LF: Tensor) -> Tensor:
+        """What every device has of its own features -> of all of them, in their order; no gradient."""
+
 
 class _Here:
     """The exchange of a single device."""
@@ -261,6 +267,14 @@ class IdentityCollectives:
     def combine_output(self, y_BTD: Tensor) -> Tensor:
         """See Collectives."""
         return y_BTD
+
+    def gather_columns(self, y_BD: Tensor) -> Tensor:
+        """See Collectives."""
+        return y_BD
+
+    def gather_features(self, x_LF: Tensor) -> Tensor:
+        """See Collectives."""
+        return x_LF
 
 
 def exchanged(collectives: Collectives, codes: LayerCodes) -> LayerCodes:

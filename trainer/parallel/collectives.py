@@ -67,6 +67,16 @@ class MeshCollectives(IdentityCollectives):
         return total
 
     @torch.no_grad()
+    def gather_columns(self, y_BD: Tensor) -> Tensor:
+        """See Collectives."""
+        return self._side_by_side(y_BD) if self.partitioning.columns_split else y_BD
+
+    @torch.no_grad()
+    def gather_features(self, x_LF: Tensor) -> Tensor:
+        """See Collectives."""
+        return x_LF if self._feature.size == 1 else self._side_by_side(x_LF)
+
+    @torch.no_grad()
     def any_data(self, x: Tensor) -> Tensor:
         """See Collectives."""
         if self._data.size == 1:
@@ -164,6 +174,9 @@ class MeshCollectives(IdentityCollectives):
         if len(parts) == 1:
             return parts[0]
         return sum_parts(exchange_equal(torch.stack(parts), self._feature))
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        return torch.cat(list(gather_equal(x.contiguous(), self._feature)), dim=1)
 
     def _sum_all(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self._group)
