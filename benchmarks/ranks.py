@@ -4,18 +4,22 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.links import End, enter
+
 Found = TypeVar("Found")
 
 
-def in_ranks(size: int, function: Callable[..., Found], *args: Any) -> Found:
+def in_ranks(size: int, function: Callable[..., Found], *args: Any, ends: Sequence[End] = ()) -> Found:
     """What function(*args), a module's own, returns on rank 0 of `size` new processes that all run it.
+
+    ends: of the link between them, one for each.
 
     Raises:
         SystemExit: a process failed; it has said why.
@@ -26,7 +30,8 @@ def in_ranks(size: int, function: Callable[..., Found], *args: Any) -> Found:
     with tempfile.TemporaryDirectory(prefix="layerloom-ranks-") as folder:
         store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_rank, args=(rank, size, store, queue, function, args)) for rank in range(size)
+            context.Process(target=_rank, args=(rank, size, store, ends[rank] if ends else None, queue, function, args))
+            for rank in range(size)
         ]
         for process in processes:
             process.start()
@@ -56,7 +61,17 @@ def join(rank: int, size: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 
 
-def _rank(rank: int, size: int, store: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    size: int,
+    store: str,
+    end: End | None,
+    queue: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    if end is not None:
+        enter(end)
     join(rank, size, store)
     found = function(*args)
     if rank == 0:

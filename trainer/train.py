@@ -1,6 +1,7 @@
 """A call of `train`: what is refused, what is opened for the loop (trainer/loop.py), and what the call leaves."""
 
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,10 +19,12 @@ from trainer.full_disk import full_disk_told
 from trainer.loop import Loop
 from trainer.memory import freed_memory_kept
 from trainer.metrics import check_wandb, read_metrics
+from trainer.model.spec import ModelSpec
 from trainer.parallel.agreement import Agreement, lost_peers_told
 from trainer.parallel.engine import check_engine, engine_name
 from trainer.parallel.mesh import Mesh, open_mesh, rank_device
 from trainer.parallel.split import SplitChoice, choose_split
+from trainer.parallel.split_table import Link, groups_in_one_machine
 from trainer.reproducibility import deterministic
 from trainer.rules import check_columns, check_run_config
 from trainer.run_folder import RunFolder, checkpoint_folder, resume_command
@@ -69,19 +72,18 @@ def train(config: RunConfig) -> TrainSummary:
 def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: float) -> TrainSummary:
     """`train` on an open mesh. Rank 0 alone holds the folder's lock and writes what is not partitioned."""
     agreement, folder = Agreement(mesh), RunFolder(config.run)
+    link = _link(mesh, agreement, device)
     with agreement.together():
         folder.check(config)
         check_engine(config.engine.kind)
         source = open_source(config)
         spec = model_spec(config.model, config.activation, source.n_layers, source.d_model)
         kernels = choose_kernels(config, spec, device)
-        split = choose_split(config.parallel, config.model, config.activation, spec)
+        split = choose_split(config.parallel, config.model, config.activation, spec, link)
         if split.by_columns:
             check_columns(spec.d_model, config.parallel)
         if mesh.is_first:
-            n_bytes = checkpoint_bytes(spec, config.optim)
-            place, keep = checkpoint_folder(folder.path, config), config.train.keep_checkpoints
-            check_space(folder.path, n_bytes=n_bytes, keep=keep, folder=place)
+            _check_room(folder, config, spec)
             check_wandb(config.log)
     # What another machine has measured may differ, and all must go dense alike.
     kernels = agreement.first(kernels)
@@ -131,6 +133,19 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         took = human_seconds(seconds)
         report(f"train: wrote {schedule.total_steps} steps to {folder.path} in {took}{_headline(metrics)}")
     return TrainSummary(folder.path, schedule.total_steps, metrics, seconds, resumed_from)
+
+
+def _check_room(folder: RunFolder, config: RunConfig, spec: ModelSpec) -> None:
+    """Raises UserError where the checkpoints would not fit."""
+    n_bytes = checkpoint_bytes(spec, config.optim)
+    place, keep = checkpoint_folder(folder.path, config), config.train.keep_checkpoints
+    check_space(folder.path, n_bytes=n_bytes, keep=keep, folder=place)
+
+
+def _link(mesh: Mesh, agreement: Agreement, device: torch.device) -> Link:
+    """What feature groups speak over, the same on all ranks; collective."""
+    hosts = agreement.gather(platform.node())
+    return Link(device.type, one_machine=groups_in_one_machine(hosts, mesh.feature.size))
 
 
 def _mesh_line(mesh: Mesh, config: RunConfig, split: SplitChoice) -> str:

@@ -17,8 +17,8 @@ from trainer.config import RunConfig
 _EVERY_STEP = {"train.log_every": 1}
 
 
-def _mesh(data: int, feature: int) -> dict[str, Any]:
-    return {"parallel.data": data, "parallel.feature": feature}
+def _mesh(data: int, feature: int, split: str = "columns") -> dict[str, Any]:
+    return {"parallel.data": data, "parallel.feature": feature, "parallel.decoder_split": split}
 
 
 @pytest.mark.parametrize(("mesh", "activation"), [((4, 1), "batchtopk"), ((2, 2), "jumprelu")], ids=["data4", "2x2"])
@@ -36,15 +36,16 @@ def test_on_the_same_mesh_the_bits_are_the_same(
 
 
 def test_any_mesh_and_engine_continues_any_other(tiny_store: RunConfig, four_ranks: Processes, tmp_path: Path) -> None:
-    """In float64, where meshes and engines differ by rounding alone."""
+    """In float64, where meshes, splits and engines differ by rounding alone."""
     overrides = {**ACTIVATIONS["topk_all_layers"], **_EVERY_STEP}
     whole = tiny_run(tiny_store, tmp_path / "whole", {**overrides, **_mesh(2, 2)})
     four_ranks.run(cases.in_double, cases.resumed, whole)
     killed = tiny_run(tiny_store, tmp_path / "killed", {**overrides, **_mesh(2, 2)})
     four_ranks.run(cases.in_double, cases.train_until, killed, 8)
-    for data, feature, engine in ((1, 4, "plain"), (4, 1, "fsdp"), (2, 2, "accelerate"), (1, 1, "plain")):
+    others = [(1, 4, "rows", "plain"), (4, 1, "columns", "fsdp"), (2, 2, "rows", "accelerate"), (1, 1, "auto", "plain")]
+    for data, feature, split, engine in others:
         run = Path(shutil.copytree(killed.run, tmp_path / f"{data}x{feature}"))
-        config = tiny_run(tiny_store, run, {**overrides, **_mesh(data, feature), "engine.kind": engine})
+        config = tiny_run(tiny_store, run, {**overrides, **_mesh(data, feature, split), "engine.kind": engine})
         if data * feature == 1:
             assert cases.in_double(cases.resumed, config) == 5
         else:

@@ -7,22 +7,39 @@ import pytest
 from trainer.config import ActivationConfig, ActivationKind, DecoderSplit, ModelConfig, ParallelConfig
 from trainer.model.spec import ModelSpec
 from trainer.parallel.split import SplitChoice, choose_split, columns_bytes, rows_bytes
+from trainer.parallel.split_table import Link, Steps, groups_in_one_machine, measured_steps
 
 SPEC: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_features": 32768}
+GPUS = Link("cuda", one_machine=True)
+MACHINE, NETWORK = (Link("cpu", one_machine=one) for one in (True, False))
 
 
-def _choice(feature: int = 8, split: str = "auto", kind: str = "topk", **settings: Any) -> SplitChoice:
+def _choice(
+    feature: int = 8, split: str = "auto", kind: str = "topk", link: Link = GPUS, **settings: Any
+) -> SplitChoice:
     model = ModelConfig(initial_density=settings.pop("initial_density", None))
     activation = ActivationConfig(kind=ActivationKind(kind), **settings)
     k = {"k": settings["k"]} if "k" in settings else {}
     spec = ModelSpec(kind=kind, **SPEC, **k)
-    return choose_split(ParallelConfig(feature=feature, decoder_split=DecoderSplit(split)), model, activation, spec)
+    parallel = ParallelConfig(feature=feature, decoder_split=DecoderSplit(split))
+    return choose_split(parallel, model, activation, spec, link)
 
 
 @pytest.mark.parametrize(
     ("settings", "by_columns", "words"),
     [
-        ({"k": 16}, True, "columns: about 1,764 bytes a token and rank by columns, 64,512 by rows, with 192 entries"),
+        ({"k": 16}, True, "columns: about 1,764 bytes a token and rank by columns, 64,512 by rows, by the bytes alone"),
+        (
+            {"k": 16},
+            True,
+            "nothing was measured on cuda, with 192 entries a token over all layers expected (k a layer)",
+        ),
+        ({"k": 16, "link": NETWORK}, True, "(two CPU processes over 1 Gbit/s), with 192 entries"),
+        # 0.7 of the bytes of rows, which take less time all the same.
+        ({"k": 430, "link": NETWORK}, False, "rows: about 45,234 bytes a token and rank by columns, 64,512 by rows, "),
+        ({"k": 430}, True, "columns: about 45,234 bytes"),
+        ({"k": 16, "link": MACHINE}, False, "(two CPU processes of one machine)"),
+        ({"k": 16, "link": MACHINE, "split": "columns"}, True, "columns, as asked for"),
         ({"k": 900}, False, "rows: about 94,584 bytes a token and rank by columns, 64,512 by rows"),
         ({"kind": "relu"}, False, "half of all"),
         ({"kind": "relu", "initial_density": 0.001}, True, "model.initial_density"),
@@ -40,6 +57,29 @@ def test_choices(settings: dict[str, Any], by_columns: bool, words: str) -> None
     assert choice.by_columns is by_columns
     assert words in choice.reason
     assert "\n" not in choice.reason
+
+
+def test_the_time_between_two_points_and_outside() -> None:
+    steps = Steps("somewhere", ((0.1, 0.8), (1.0, 1.2)))
+    assert [steps.time_ratio(ratio) for ratio in (0.01, 0.1, 1.0, 30.0)] == [0.8, 0.8, 1.2, 1.2]
+    assert steps.time_ratio(10**-0.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("link", [MACHINE, NETWORK])
+def test_the_measured_points_are_in_order(link: Link) -> None:
+    steps = measured_steps(link)
+    assert steps is not None
+    ratios = [ratio for ratio, _ in steps.points]
+    assert ratios == sorted(set(ratios))
+    assert all(0.5 < time < 2 for _, time in steps.points)
+
+
+def test_feature_groups_in_one_machine() -> None:
+    hosts = ["a", "a", "b", "b"]
+    assert groups_in_one_machine(hosts, 1)
+    assert groups_in_one_machine(hosts, 2)
+    assert not groups_in_one_machine(hosts, 4)
+    assert not groups_in_one_machine(["a", "b", "a", "b"], 2)
 
 
 def test_bytes_by_hand() -> None:

@@ -29,7 +29,9 @@ def test_a_run_under_torchrun_is_evaluated_and_published_as_that_of_one_process(
         done = _torchrun("train", *words)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("train: wrote 12 steps to run") == 1
-        assert "train: 2 processes, data=1 x feature=2; engine plain; decoders by columns" in done.stderr
+        mesh = "train: 2 processes, data=1 x feature=2; engine plain; decoders by rows: about "
+        line = next(line for line in done.stderr.splitlines() if line.startswith(mesh))
+        assert "(two CPU processes of one machine)" in line
         assert main(["evaluate", "run=run", "eval.documents=6", "launch.threads=1"]) == 0
         assert main(["publish", "run=run", "output=published", "launch.threads=1"]) == 0
     capfd.readouterr()

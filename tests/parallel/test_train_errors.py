@@ -20,7 +20,7 @@ from trainer.run_folder import save_config
 from trainer.train import train
 
 # Kernels that want no compiling.
-_MESH = {"parallel.data": 2, "parallel.feature": 2, "kernels.backend": "reference"}
+_MESH = {"parallel.data": 2, "parallel.feature": 2, "parallel.decoder_split": "columns", "kernels.backend": "reference"}
 
 
 def _error_of(config: RunConfig, full_disk: bool) -> str:

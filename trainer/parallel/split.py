@@ -1,4 +1,5 @@
-"""How decoders lie on the feature axis, decided once before step 1 from the bytes that either way would move.
+"""How decoders lie on the feature axis, decided once before step 1 from a table of measured steps
+(`trainer.parallel.split_table`) or, where nothing was measured, from the bytes that either way would move.
 
 Bytes that a rank sends for a token, forward and backward, with G ranks, L layers, E expected entries of a token over
 all layers, V bytes a value and I bytes an id (docs/parallel.md derives them; `python -m benchmarks.traffic` counts
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from trainer.config import ActivationConfig, ActivationKind, DecoderSplit, ModelConfig, ParallelConfig
 from trainer.model.break_even import MOST_SPARSE
 from trainer.model.spec import ModelSpec
+from trainer.parallel.split_table import Link, measured_steps
 
 _VALUE_BYTES = 4
 
@@ -28,9 +30,11 @@ class SplitChoice(NamedTuple):
 
 
 def choose_split(
-    parallel: ParallelConfig, model: ModelConfig, activation: ActivationConfig, spec: ModelSpec
+    parallel: ParallelConfig, model: ModelConfig, activation: ActivationConfig, spec: ModelSpec, link: Link
 ) -> SplitChoice:
-    """The choice of `parallel.decoder_split`; where it is auto, that which moves fewer bytes."""
+    """The choice of `parallel.decoder_split`; where it is auto, that which is faster by the table for this link, else
+    that which moves fewer bytes. Of the same arguments always the same, so that all ranks choose alike.
+    """
     if parallel.decoder_split is not DecoderSplit.auto:
         return SplitChoice(parallel.decoder_split is DecoderSplit.columns, f"{parallel.decoder_split}, as asked for")
     if parallel.feature == 1:
@@ -41,11 +45,17 @@ def choose_split(
         )
     entries, why = expected_entries(model, activation, spec)
     columns, rows = columns_bytes(spec, parallel.feature, entries), rows_bytes(spec, parallel.feature)
-    by_columns = columns <= rows
+    steps = measured_steps(link)
+    if steps is None:
+        ratio, source = columns / rows, f"by the bytes alone, for nothing was measured on {link.device}"
+    else:
+        ratio = steps.time_ratio(columns / rows)
+        source = f"where steps by columns took {ratio:.2f} of the time of rows ({steps.where})"
+    by_columns = ratio <= 1
     return SplitChoice(
         by_columns,
         f"{'columns' if by_columns else 'rows'}: about {columns:,.0f} bytes a token and rank by columns, {rows:,.0f} "
-        f"by rows, with {entries:,.0f} entries a token over all layers expected ({why})",
+        f"by rows, {source}, with {entries:,.0f} entries a token over all layers expected ({why})",
     )
 
 
