@@ -128,7 +128,10 @@ def _find_source(cfg: TextConfig) -> DocumentSource:
     loader = _loader_of(cfg, files)
     if loader is Loader.text:
         if cfg.chat:
-            raise UserError(f"text.path={cfg.path} is plain text and text.chat=true wants a column of messages")
+            raise UserError(
+                f"text.path={cfg.path} is read as plain text and text.chat=true wants a column of messages; use "
+                "text=chat (JSON lines) or another text.loader"
+            )
         return _TextFiles(cfg, files)
     return _local_table(cfg, loader, files)
 

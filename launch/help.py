@@ -20,7 +20,8 @@ def help_text(verb: str, options: dict[str, list[Option]], composed: Composed) -
     """The help of one verb (or of all, if empty); values are those of `composed`, `*` marks the chosen options."""
     width = min(shutil.get_terminal_size((110, 24)).columns, 120)
     groups, keys = _reads(verb, options)
-    lines = [f"usage: {USAGE.replace('VERB', verb) if verb else USAGE}", ""]
+    words = f"{verb} {VERBS[verb].words}".rstrip() if verb else "VERB"
+    lines = [f"usage: {USAGE.replace('VERB', words)}", ""]
     if verb:
         lines += [f"layerloom {verb}: {VERBS[verb].summary}", ""]
     else:

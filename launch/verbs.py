@@ -24,7 +24,7 @@ CHECKPOINT_ACTIONS = ("info", "convert", "verify")
 @dataclass(frozen=True)
 class Verb:
     """`handler` names a function of `launch.stages`. A strict verb refuses overrides of what it would not read; one on
-    a mesh may run as several processes.
+    a mesh may run as several processes. `words`: what comes behind the verb, for the usage line.
     """
 
     summary: str
@@ -33,6 +33,7 @@ class Verb:
     handler: str
     strict: bool = False
     on_a_mesh: bool = False
+    words: str = ""
 
 
 VERBS: dict[str, Verb] = {
@@ -75,11 +76,12 @@ VERBS: dict[str, Verb] = {
     "store": Verb(
         "looks after a store: `store info FOLDER` describes it, `store verify FOLDER` checks every byte, `store repair "
         "FOLDER` harvests what is damaged again, `store merge FOLDER FOLDER output=FOLDER` joins stores, `store remove "
-        "FOLDER` deletes one",
+        "FOLDER confirm=true` deletes one",
         ("store",),
         ("output", "confirm", "device", "subject.path", "subject.cache_dir", "text.path"),
         "store",
         strict=True,
+        words=f"{'|'.join(STORE_ACTIONS)} FOLDER ...",
     ),
     "checkpoint": Verb(
         "looks at checkpoints: `checkpoint info FOLDER` describes one, `checkpoint verify FOLDER` checks every byte, "
@@ -89,6 +91,7 @@ VERBS: dict[str, Verb] = {
         ("run", "output"),
         "checkpoint",
         strict=True,
+        words=f"{'|'.join(CHECKPOINT_ACTIONS)} FOLDER",
     ),
     "tune": Verb(
         "measures when this machine computes a layer faster by dense products; train uses what it finds",

@@ -96,4 +96,7 @@ class RunState:
             yield
         except UserError as error:
             kind = AgreedError if isinstance(error, AgreedError) else UserError
-            raise kind(f"{error}; then {self.where_to_resume()}") from error
+            where, setup = self.where_to_resume(), self._setup
+            if setup.checkpointer.newest is None:
+                where = f"start again with `{resume_command(setup.folder.path)}`"
+            raise kind(f"{error}; then {where}") from error

@@ -51,6 +51,12 @@ def test_help_of_a_verb_lists_what_it_reads_and_nothing_else(verb: str, capsys: 
         assert (f"\n  {key}=" in page) == reads, key
 
 
+def test_usage_says_what_comes_behind_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "--help"]) == 0
+    usage = "usage: layerloom store info|verify|repair|merge|remove FOLDER ... [GROUP=OPTION ...]"
+    assert capsys.readouterr().out.startswith(usage)
+
+
 def test_help_shows_the_values_under_the_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help", "activation=jumprelu", "model.n_features=4321"]) == 0
     page = capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_what_is_no_chat_is_refused(chat: Configs, configs: Configs, folder: Pat
     document = next(iter(stream_documents(chat[1], held_out=False)))
     with pytest.raises(UserError, match="has a chat template, and this one has none"):
         pack_tokens([document], tokenizer, context_length=24, bos_token_id=BOS_ID)
-    with pytest.raises(UserError, match="wants a column of messages"):
+    with pytest.raises(UserError, match="wants a column of messages; use text=chat"):
         open_documents(changed(configs, text={"chat": True})[1])
     other = folder / "other.jsonl"
     other.write_text('{"messages": "hello"}\n' * 9)

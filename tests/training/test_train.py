@@ -383,6 +383,9 @@ def test_a_damaged_shard_names_itself_and_how_to_continue(run: RunConfig, tmp_pa
     run.source.pool_rows = 32
     for file in sorted(path for path in (store / "mlp_in/c").rglob("*") if path.is_file())[1:]:
         os.truncate(file, 100)
-    with pytest.raises(UserError, match=r"mlp_in/c/.*layerloom store verify.*; then (resume|no checkpoint)") as error:
+    with pytest.raises(
+        UserError,
+        match=r"mlp_in/c/.*layerloom store verify.*; then (resume from|start again with `layerloom train run=)",
+    ) as error:
         train(run)
     assert "\n" not in str(error.value)
