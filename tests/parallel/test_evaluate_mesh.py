@@ -75,7 +75,7 @@ def test_figures_are_those_of_one_process(
 ) -> None:
     ranks: Processes = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
     run, wanted = runs.copy(activation), runs.wanted(activation)
-    answers = ranks.run(cases.evaluated, run, cases.parallel(size, split), timeout=240)
+    answers = ranks.run(cases.evaluated, run, cases.parallel(size, split))
     found = answers[0].evaluation
     assert all(answer.evaluation == found for answer in answers)
     assert json.loads((run / "evaluation.json").read_text()) == found
@@ -98,7 +98,7 @@ def test_the_fixtures_exercise_what_they_are_for(runs: Runs) -> None:
 
 
 def test_all_ranks_take_the_same_rows(runs: Runs, two_ranks: Processes) -> None:
-    answers = two_ranks.run(cases.evaluated, runs.copy("batchtopk"), cases.parallel(2), "rounded", timeout=60)
+    answers = two_ranks.run(cases.evaluated, runs.copy("batchtopk"), cases.parallel(2), "rounded", timeout=240)
     for answer in answers:
         assert_close(answer.evaluation, runs.wanted("batchtopk").evaluation, "", rel=1e-6, absolute=1e-9)
 
@@ -113,7 +113,7 @@ def test_all_ranks_take_the_same_rows(runs: Runs, two_ranks: Processes) -> None:
 )
 def test_what_one_rank_meets_ends_all(runs: Runs, two_ranks: Processes, fault: str, kind: str, said: str) -> None:
     run = runs.copy("batchtopk")
-    first, second = two_ranks.run(cases.error_of, run, cases.parallel(2), fault, timeout=60)
+    first, second = two_ranks.run(cases.error_of, run, cases.parallel(2), fault, timeout=240)
     assert first == second
     assert first[0] == kind
     assert said.format(run=run) in first[1]
@@ -124,7 +124,7 @@ def test_what_one_rank_meets_ends_all(runs: Runs, two_ranks: Processes, fault: s
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(runs: Runs, two_ranks: Processes) -> None:
     run = runs.copy("jumprelu")
     os.truncate(run / "checkpoints/step_00000012/model_00000.safetensors", 1000)
-    answers = two_ranks.run(cases.evaluated, run, cases.parallel(2), timeout=60)
+    answers = two_ranks.run(cases.evaluated, run, cases.parallel(2), timeout=240)
     said = [line for answer in answers for line in answer.lines if "damaged" in line]
     assert len(said) == 1, said
     assert json.loads((run / INPUTS_FILE).read_text())["checkpoint"] == "step_00000010"

@@ -83,7 +83,7 @@ class Runs:
 
     def _meshed(self, case: Case) -> RunConfig:
         config = self._config(case.activation, self._folder / "mesh" / str(case), case.mesh)
-        summaries = self._ranks[case.data * case.feature].run(train_all, [config], timeout=240)
+        summaries = self._ranks[case.data * case.feature].run(train_all, [config])
         assert all(_without_seconds(each) == _without_seconds(summaries[0]) for each in summaries)
         return config
 
