@@ -3,8 +3,9 @@
     python -m benchmarks.triton_resources                   the table of docs/kernels.md, as markdown
     python -m benchmarks.triton_resources --arch 90 --json  one JSON object per kernel and architecture
 
-Exit 1 where a kernel spills. `programs per SM` is what the registers alone allow on sm_90 (64 K registers, 64 warps and
-32 programs an SM).
+Every kernel is compiled twice: for sizes and strides that 16 divides, and for any others (`odd widths`; in brackets in
+the table). Exit 1 where a kernel spills. `programs per SM` is what the registers alone allow on sm_90 (64 K registers,
+64 warps and 32 programs an SM).
 """
 
 import argparse
@@ -59,17 +60,26 @@ def record(case: CompileCase, arch: int, report: CompileReport) -> dict[str, str
 
 
 def table(cases: list[CompileCase], records: list[dict[str, str | int]], archs: list[int]) -> Iterator[str]:
-    """Markdown: a row per kernel, registers per architecture."""
+    """Markdown: a row per kernel, registers per architecture, in brackets those at odd widths."""
+    found = {(str(r["name"]), int(r["arch"])): r for r in records}
     head = ["kernel", "warps", *(f"registers sm_{arch}" for arch in archs), "shared bytes", "spills", "programs per SM"]
     yield f"| {' | '.join(head)} |"
     yield "|" + "---|" * len(head)
+    shown = 90 if 90 in archs else archs[0]
     for case in cases:
-        of_case = {int(r["arch"]): r for r in records if r["name"] == case.name}
-        registers = [int(of_case[arch]["registers"]) for arch in archs]
-        shared = max(int(r["shared_bytes"]) for r in of_case.values())
-        spills = sum(int(r["spills"]) for r in of_case.values())
-        programs = programs_per_sm(int(of_case[90 if 90 in of_case else archs[0]]["registers"]), case.num_warps)
-        yield f"| {' | '.join(map(str, [case.name, case.num_warps, *registers, shared, spills, programs]))} |"
+        names = [each.name for each in (case, case.at_odd_widths()) if each is not None]
+        of_case = {arch: [found[name, arch] for name in names] for arch in archs}
+        flat = [r for each in of_case.values() for r in each]
+        registers = [_with_brackets([int(r["registers"]) for r in of_case[arch]]) for arch in archs]
+        shared, spills = max(int(r["shared_bytes"]) for r in flat), sum(int(r["spills"]) for r in flat)
+        programs = [programs_per_sm(int(r["registers"]), case.num_warps) for r in of_case[shown]]
+        cells = [case.name, case.num_warps, *registers, shared, spills, _with_brackets(programs)]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _with_brackets(values: list[int]) -> str:
+    """The first, and the second in brackets if there is one."""
+    return " ".join([str(values[0]), *(f"({value})" for value in values[1:])])
 
 
 def main() -> int:
@@ -79,7 +89,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     arguments = parser.parse_args()
     cases, records = all_cases(), []
-    for case in cases:
+    for case in (each for pair in zip(cases, (c.at_odd_widths() for c in cases), strict=True) for each in pair if each):
         for arch in arguments.arch:
             records.append(record(case, arch, compile_for(case, arch)))
             if arguments.json:

@@ -79,6 +79,24 @@ def test_large_backward(large: Large, dtype: torch.dtype, tolerance: float) -> N
     assert_near(alone, outs[0].double(), tolerance)
 
 
+def test_backward_of_two_to_the_20_features() -> None:
+    """A program a feature; entries at both ends, on one token and on many."""
+    f, c, b = 2**20, 5, 400
+    ids = torch.tensor([0, 1, f - 2, f - 1], device=DEVICE).repeat(b)
+    tokens = torch.arange(b, device=DEVICE).repeat_interleave(4)
+    offsets = torch.arange(0, 4 * b + 1, 4, device=DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    values, rows = torch.rand(4 * b, generator=g, device=DEVICE), torch.randn(f, c, generator=g, device=DEVICE)
+    grad, out = torch.randn(b, c, generator=g, device=DEVICE), torch.full_like(rows, torch.nan)
+    codes = (offsets, ids, tokens, build_csc(ids, tokens, f), values)
+    dots = decoder_backward(grad, rows, *codes, F32, out_FC=out, accumulate=False, dots=True)
+    wanted = torch.zeros(f, c, dtype=torch.float64, device=DEVICE)
+    wanted.index_add_(0, ids, values.double()[:, None] * grad.double()[tokens])
+    assert dots is not None
+    assert_near(out, wanted, 2e-6)
+    assert_near(dots, (grad.double()[tokens] * rows.double()[ids]).sum(dim=1), 2e-6)
+
+
 def test_large_feature_sums(large: Large) -> None:
     wanted = torch.zeros(F, dtype=torch.float64, device=DEVICE).index_add_(0, large.ids, large.values.double())
     assert_near(feature_sums(large.index, large.values), wanted, 1e-5)

@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-# A thread has at most 255; above 128 fewer than 16 warps fit an SM, too few for kernels of one warp that gather.
-GATHERING_REGISTERS = 128
+# A thread has at most 255; above 128 fewer than 16 warps fit an SM, too few for kernels of one warp that gather. At odd
+# widths (in the name) a value has an address of its own: 14 warps fit.
+GATHERING_REGISTERS, AT_ODD_WIDTHS = 128, 144
 
 
 def compiled(arch: int, cache: Path) -> dict[str, dict[str, Any]]:
@@ -47,8 +48,10 @@ def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     for name, record in records.items():
         assert record["ptx_target"].startswith(f"sm_{arch}"), name
         assert 0 < record["registers"] <= 255, name
+    assert sum("odd widths" in name for name in records) >= 15
     for name, record in records.items():
-        if name.startswith(("decode", "backward", "encoder rows")):
+        if name.startswith(("decode", "backward", "encoder rows", "fused Adam")):
+            odd = "odd widths" in name
             # Rows are gathered 16 bytes a thread, a row of 512 bytes per load of the warp, eight rows at once.
-            assert record["wide_loads"] >= 8, name
-            assert arch != 90 or record["registers"] <= GATHERING_REGISTERS, name
+            assert odd or "join" in name or record["wide_loads"] >= 8, name
+            assert arch != 90 or record["registers"] <= (AT_ODD_WIDTHS if odd else GATHERING_REGISTERS), name

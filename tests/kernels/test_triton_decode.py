@@ -250,6 +250,36 @@ def test_float64_is_done_by_the_reference() -> None:
     )
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_float16_is_done_by_the_reference(stored: bool) -> None:
+    """To the bit, as products' operands and as what is stored: no kernel rounds to it."""
+    case, half = sparse(*SMALL), torch.float16
+    if stored:
+        case.rows_FC, case.grad_BC, case.y_BC = case.rows_FC.to(half), case.grad_BC.to(half), case.y_BC.to(half)
+    y = case.y_BC.clone()
+    reference_decode.sparse_decode(y, case.offsets, case.feature_ids, case.values, case.rows_FC, half)
+    assert torch.equal(decoded(case, half), y)
+    wanted = reference_backward.row_gradients(case.index, case.values, case.grad_BC, half)
+    assert torch.equal(backward.row_gradients(case.index, case.values, case.grad_BC, half), wanted)
+    dots = gradients(case, half, out_FC=None)
+    codes = (case.offsets, case.feature_ids, case.tokens)
+    assert dots is not None
+    assert torch.equal(dots, reference_backward.value_gradients(case.grad_BC, case.rows_FC, *codes, half))
+
+
+def test_decode_of_two_to_the_20_features() -> None:
+    """The first and the last row of a table whose offsets pass 2^31 by the number of its rows."""
+    f, stride = 2**20, 2**11 + 3
+    table = torch.empty(f * stride, dtype=BF16, device=DEVICE).as_strided((f, 5), (stride, 1))
+    rows = torch.randn(2, 5, device=DEVICE).to(BF16)
+    table[0], table[-1] = rows[0], rows[1]
+    y = torch.zeros(2, 5, device=DEVICE)
+    ids, values = torch.tensor([0, f - 1], device=DEVICE), torch.tensor([1.0, 2.0], device=DEVICE)
+    sparse_decode(y, torch.tensor([0, 0, 2], device=DEVICE), ids, values, table, BF16)
+    assert_near(y[1], rows[0].double() + 2 * rows[1].double(), NEAR)
+    assert bool((y[0] == 0).all())
+
+
 def test_offsets_beyond_two_to_the_31() -> None:
     """Rows 2^30 values apart: the last begins behind what 32 bits can count. Untouched pages take no memory."""
     far = torch.empty(2**31 + 8, dtype=BF16, device=DEVICE).as_strided((3, 8), (2**30, 1))

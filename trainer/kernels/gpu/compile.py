@@ -6,7 +6,7 @@ Every module of kernels lists what it launches in `COMPILE_CASES`. Not under TRI
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ class CompileCase:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int = 3
+
+    def at_odd_widths(self) -> "CompileCase | None":
+        """The kernel as Triton compiles it for sizes and strides that 16 does not divide; None where it takes none.
+
+        There no load is wide, and every value has an address of its own.
+        """
+        if not any(type_.endswith(":16") for type_ in self.signature.values()):
+            return None
+        plain = {name: type_.split(":")[0] for name, type_ in self.signature.items()}
+        return replace(self, name=f"{self.name}, odd widths", signature=plain)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

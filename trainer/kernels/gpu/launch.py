@@ -13,12 +13,13 @@ from trainer.kernels.strides import dense_columns
 # moves 6 bytes a value, a gather from the copy 2 instead of 4.
 _READS_WORTH_A_COPY = 3
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What training offers. float16 goes to the reference like float64: a range for its sums and gradients is nobody's here.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def has_kernel(*tensors: Tensor) -> bool:
-    """Whether the kernels take these dtypes; float64 goes to the reference."""
-    return all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+def has_kernel(*tensors: Tensor, compute_dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels take these dtypes; others go to the reference."""
+    return all(dtype in KERNEL_DTYPES for dtype in (compute_dtype, *(tensor.dtype for tensor in tensors)))
 
 
 def chunk_columns(table_RC: Tensor) -> int:

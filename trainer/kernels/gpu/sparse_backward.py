@@ -50,7 +50,7 @@ def decoder_backward(
     dots: bool,
 ) -> Tensor | None:
     """Both gradients of a decoding in one pass, sums in float32. float64 is done by the reference."""
-    if not has_kernel(grad_BC, rows_FC, values_N) or compute_dtype == torch.float64:
+    if not has_kernel(grad_BC, rows_FC, values_N, compute_dtype=compute_dtype):
         return reference.decoder_backward(
             grad_BC, rows_FC, offsets, feature_ids_N, tokens_N, index, values_N, compute_dtype,
             out_FC=out_FC, accumulate=accumulate, dots=dots,
@@ -77,7 +77,7 @@ def row_gradients(
     accumulate: bool = False,
 ) -> Tensor:
     """(F, C), in `out_FC` where given; sums in float32. float64 is done by the reference."""
-    if not has_kernel(weights_N, tokens_BC) or compute_dtype == torch.float64:
+    if not has_kernel(weights_N, tokens_BC, compute_dtype=compute_dtype):
         return reference.row_gradients(index, weights_N, tokens_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
     if out_FC is None:
         out_FC = tokens_BC.new_empty(index.offsets.numel() - 1, tokens_BC.shape[1])
