@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from activation_store.batch import ActivationBatch
-from trainer.model.clt import CrossLayerTranscoder
+from benchmarks.models import new_model
 from trainer.model.spec import ModelSpec
 
 
@@ -29,7 +29,7 @@ class DenseStep:
     def __init__(
         self, spec: ModelSpec, batch: ActivationBatch, *, lr: float, device: torch.device, bf16: bool = False
     ) -> None:
-        model = CrossLayerTranscoder(spec, backend="reference").to(device)
+        model = new_model(spec, device, backend="reference")
         self.k, self.dtype = spec.k, torch.bfloat16 if bf16 else torch.float32
         self.layers = [
             (layer.W_enc.detach(), layer.b_enc.detach(), layer.W_dec.detach().flatten(1))

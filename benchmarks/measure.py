@@ -53,10 +53,16 @@ def take_turns(
             synchronize(device)
             if round_ >= warm:
                 seconds[name].append(time.perf_counter() - start)
-        first = next(iter(losses.values()))
-        if tolerance is not None and any(not abs(loss / first - 1) <= tolerance for loss in losses.values()):
-            raise RuntimeError(f"the steps do not train the same model: losses {losses}")
+        if tolerance is not None:
+            check_losses(losses, tolerance)
     return seconds
+
+
+def check_losses(losses: Mapping[str, float], tolerance: float) -> None:
+    """Raises RuntimeError unless all are the first one's, to that relative difference."""
+    first = next(iter(losses.values()), 1.0)
+    if any(not abs(loss / first - 1) <= tolerance for loss in losses.values()):
+        raise RuntimeError(f"the steps do not train the same model: losses {losses}")
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

@@ -7,15 +7,19 @@
 
 Harvests once (the first six layers of the bundled subject, as preset=bench_smollm2_6l does but fewer tokens), then
 trains one run per option, each in a process of its own: same store, batches, seed and initial parameters. A run from
-other initial parameters shows how far two runs in float32 are apart. Peak memory is what a process adds to its resident
-set (on CUDA: to the allocator) from before its model is built to the end of training, its last evaluation and
-checkpoint included. Runs that are done are not repeated: the same command continues.
+other initial parameters shows how far two runs in float32 are apart. Peak memory is what a process that has
+trained a few steps already adds to its resident set (on CUDA: to the allocator) from before its model is built to the
+end of training, its last evaluation and checkpoint included. Runs that are done are not repeated: the same
+command continues.
 """
 
 import argparse
+import copy
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +59,8 @@ OPTIONS: dict[str, list[str]] = {
 }
 # Of the steps, at the end: over them the training loss is averaged.
 LAST_SHARE = 0.1
+# Of the run that warms a process up: a small model, of which little memory stays.
+WARM_STEPS, WARM_FEATURES = 4, 128
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,17 @@ def harvest(config: LayerloomConfig) -> None:
 
 
 def run_one(config: LayerloomConfig) -> dict[str, float]:
-    """Trains in this process; peak and seconds."""
+    """Trains in this process; peak and seconds. Before that a few steps of a small run: what is compiled, read or
+    allocated once is there then, whichever option runs first on a machine."""
     from activation_store.device import resolve_device
     from trainer.train import train
 
+    with tempfile.TemporaryDirectory() as folder:
+        warm = copy.deepcopy(config)
+        warm.run, warm.train.tokens = str(Path(folder) / "warm"), WARM_STEPS * config.train.batch_size_tokens
+        warm.model.n_features = WARM_FEATURES
+        train(warm)
+    gc.collect()
     memory = PeakMemory(resolve_device(config.device))
     memory.start()
     start = time.perf_counter()

@@ -4,7 +4,7 @@
     python -m benchmarks.step --shape 6,256,4096,1024,16 --breakdown
     python -m benchmarks.step --data runs/demo/store --shape 0,0,1024,1024,8     real rows (L and d are the store's)
     python -m benchmarks.step --write benchmarks/results/step.md
-    python -m benchmarks.step --parts modes                       on CUDA: the initial model of GPT-2's shape takes long
+    python -m benchmarks.step --parts modes --modes "triton bf16" "triton bf16 fused"     the goal on a GPU, minutes
 
 modes      `reference` and `cpu` (exact clip, then dense Adam), `cpu fused` (update in the backward pass, no clip); on
            CUDA `triton`, fp32 and bf16; each against the dense step of its precision (benchmarks.dense_step)
@@ -13,8 +13,10 @@ selection  BatchTopK and JumpReLU at the L0 of TopK, against the TopK step of th
 breakdown  where a step's time goes, each part next to its floor (benchmarks.breakdown)
 
 Times are medians over rounds in which the steps take turns in one process; a ratio is the median of the rounds'
-ratios. All start from the same parameters and see the same batch, and dense and sparse losses must agree. On a CPU,
-freed memory stays with the process, as in training (trainer.memory). Random rows have no hot features, real ones have.
+ratios. All start from the same parameters and see the same batch, and dense and sparse losses must agree. Steps that
+do not fit the card together are measured one after the other, which the table says; what does not fit by itself is left
+out. The page is written after every section. On a CPU, freed memory stays with the process, as in training
+(trainer.memory). Random rows have no hot features, real ones have.
 """
 
 import argparse
@@ -24,22 +26,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import median
+from functools import partial
 
 import torch
 
 from activation_store.batch import ActivationBatch
+from activation_store.device import resolve_device
 from benchmarks.breakdown import breakdown_table
 from benchmarks.measure import (
+    Page,
     PeakMemory,
-    Step,
     command,
     machine,
     median_ratio,
     table,
-    take_turns,
-    total_mib,
-    write_page,
 )
 from benchmarks.steps import (
     MODES,
@@ -53,6 +53,7 @@ from benchmarks.steps import (
     random_batch,
     store_batch,
 )
+from benchmarks.turns import beside, dense_modes, fitting, milliseconds, modes_table
 from trainer.memory import freed_memory_kept
 
 # The issue's shapes, with the rounds that fit into minutes on two cores; on CUDA GPT-2's.
@@ -61,8 +62,6 @@ CUDA_SHAPES = {Shape(12, 768, 32768, 16384, 32): 9}
 # Warms caches, compilers and autotuners up before a process' memory counts.
 WARM_SHAPE = Shape(2, 64, 256, 64, 4)
 PARTS = ("modes", "memory", "selection", "breakdown")
-# bf16 rounds pre-activations, and with them which entries are selected.
-TOLERANCE, TOLERANCE_BF16 = 1e-4, 2e-2
 
 
 def main() -> None:
@@ -70,24 +69,20 @@ def main() -> None:
     options = _parser().parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(options.device)
+    device = resolve_device(options.device)
+    options.device = str(device)
     if options.peak_of:
         peak = measure_peak(MODES[options.peak_of], Shape.parse(options.shape), device, options.data)
         print(json.dumps({"peak_mib": peak}))
         return
-    sections = [
+    page = Page(
+        options.write,
         "# Whole training step",
         f"    {command('benchmarks.step')}",
         f"Conditions: {machine(device)}. Rows: {'of a store' if options.data else 'random'}.",
-    ]
-    print("\n\n".join(sections), flush=True)
+    )
     for section in _sections(options, device):
-        sections.append(section)
-        print(f"\n{section}", flush=True)
-    if options.write:
-        write_page(options.write, "\n\n".join(sections))
+        page.add(section)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,11 +114,15 @@ def _sections(options: argparse.Namespace, device: torch.device) -> Iterator[str
             f"Medians of {pairs} rounds after one that does not count."
         )
         if "modes" in parts:
-            wanted = [*sparse, *_dense_modes(sparse)] if "memory" in parts else []
-            peaks = {mode.name: peak_mib(mode, shape, options) for mode in wanted}
-            yield modes_table(sparse, shape, batch, pairs, peaks)
+            for dense in dense_modes(sparse):
+                alike = [mode for mode in sparse if mode.bf16 == dense.bf16]
+                wanted = [*alike, dense] if "memory" in parts else []
+                peaks = {mode.name: peak_mib(mode, shape, options) for mode in wanted}
+                yield modes_table(dense, alike, shape, batch, pairs, peaks)
         if "selection" in parts and sparse:
-            yield selection_table(_main_mode(sparse), shape, batch, pairs)
+            main_mode = _main_mode(sparse)
+            found = fitting(partial(selection_table, main_mode, shape, batch, pairs))
+            yield found if found is not None else f"Selections, mode `{main_mode.name}`: {milliseconds([])}."
         if "breakdown" in parts:
             for mode in sparse:
                 with freed_memory_kept(device):
@@ -138,72 +137,6 @@ def make_batch(shape: Shape, device: torch.device, data: str | None) -> tuple[Sh
 def _main_mode(sparse: list[Mode]) -> Mode:
     """What selections are compared on: the fastest backend's exact clip."""
     return [mode for mode in sparse if not mode.fused][-1] if any(not mode.fused for mode in sparse) else sparse[-1]
-
-
-# --- modes -----------------------------------------------------------------------------------------------------------
-
-
-def modes_table(sparse: list[Mode], shape: Shape, batch: ActivationBatch, pairs: int, peaks: dict[str, float]) -> str:
-    """Each mode against the dense step of its precision."""
-    rows = []
-    for dense_mode in _dense_modes(sparse):
-        name, dense_s = dense_mode.name, []
-        dense = build_step(dense_mode, shape, batch)
-        dense()
-        for group in _groups([mode for mode in sparse if mode.bf16 == dense_mode.bf16], shape, batch.mlp_in.device):
-            tolerance = TOLERANCE_BF16 if dense_mode.bf16 else TOLERANCE
-            seconds = _take_turns(name, dense, group, shape, batch, pairs, tolerance)
-            dense_s += seconds[name]
-            for mode in group:
-                ratio = f"{median_ratio(seconds[name], seconds[mode.name]):.2f}"
-                rows.append([mode.name, _ms(seconds[mode.name]), ratio, *_memory(peaks, mode.name, shape)])
-        rows.append([name, _ms(dense_s), "1", *_memory(peaks, name, shape)])
-        del dense
-        gc.collect()
-    header = ["mode", "ms", "times faster than dense", "peak MiB", "over parameters + Adam"]
-    return table(header if peaks else header[:3], rows)
-
-
-def _dense_modes(sparse: list[Mode]) -> list[Mode]:
-    """The dense steps of the precisions that are there."""
-    return [MODES[name] for name in ("dense", "dense bf16") if any(MODES[name].bf16 == mode.bf16 for mode in sparse)]
-
-
-def _groups(modes: list[Mode], shape: Shape, device: torch.device) -> Iterator[list[Mode]]:
-    """As many modes at a time as fit the memory beside the dense step, at least one."""
-    # Each takes its parameters, moments and gradients: 16 bytes a parameter, and buffers.
-    size = max(1, int(0.75 * total_mib(device) / (1.4 * shape.state_mib)) - 1)
-    for start in range(0, len(modes), size):
-        yield modes[start : start + size]
-
-
-def _take_turns(
-    base_name: str,
-    base: Step,
-    modes: list[Mode],
-    shape: Shape,
-    batch: ActivationBatch,
-    rounds: int,
-    tolerance: float | None,
-) -> dict[str, list[float]]:
-    """Seconds of a step that exists and is warm, and of those of modes, which are built, measured and dropped."""
-    device = batch.mlp_in.device
-    with freed_memory_kept(device):
-        steps = {mode.name: build_step(mode, shape, batch) for mode in modes}
-        for step in steps.values():
-            step()
-        seconds = take_turns({base_name: base} | steps, rounds, device, warm=0, tolerance=tolerance)
-        del steps, step
-        gc.collect()
-    return seconds
-
-
-def _ms(seconds: list[float]) -> str:
-    return f"{median(seconds) * 1e3:.0f}" if median(seconds) >= 0.1 else f"{median(seconds) * 1e3:.1f}"
-
-
-def _memory(peaks: dict[str, float], name: str, shape: Shape) -> list[str]:
-    return [f"{peaks[name]:.0f}", f"{peaks[name] / shape.state_mib:.2f}"] if name in peaks else []
 
 
 # --- selections ------------------------------------------------------------------------------------------------------
@@ -223,17 +156,23 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
     ]
     topk = build_step(base, shape, batch)
     topk()
-    rows = []
+    rows: list[list[str]] = []
     for mode in variants:
         wide = mode.kind == "jumprelu" and mode.bandwidth == RECIPE_BANDWIDTH
         # Without a goal, and dense: slow where the shape is large.
-        seconds = _take_turns("TopK", topk, [mode], shape, batch, max(1, pairs // 3) if wide else pairs, None)
+        rounds = max(1, pairs // 3) if wide else pairs
+        seconds = fitting(partial(beside, "TopK", topk, [mode], shape, batch, rounds, None))
+        if seconds is None:
+            rows.append([mode.name, milliseconds([]), *["-"] * 4])
+            continue
         eps = share = "-"
         if mode.kind == "jumprelu":
             eps = f"{mode.bandwidth:.3g}"
             share = f"{100 * band_share(shape, batch, found.thetas, mode.bandwidth):.2f}%"
         times = median_ratio(seconds[mode.name], seconds["TopK"])
-        rows.append([mode.name, _ms(seconds[mode.name]), _ms(seconds["TopK"]), f"{times:.2f}", eps, share])
+        rows.append(
+            [mode.name, milliseconds(seconds[mode.name]), milliseconds(seconds["TopK"]), f"{times:.2f}", eps, share]
+        )
     del topk
     gc.collect()
     lines = [
@@ -248,11 +187,11 @@ def selection_table(base: Mode, shape: Shape, batch: ActivationBatch, pairs: int
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float:
-    """Peak of a process of its own; on CUDA of this one, whose allocator knows what is whose."""
+def peak_mib(mode: Mode, shape: Shape, options: argparse.Namespace) -> float | None:
+    """Peak of a process of its own; on CUDA of this one, whose allocator knows what is whose (None: out of memory)."""
     device = torch.device(options.device)
     if device.type == "cuda":
-        return measure_peak(mode, shape, device, options.data)
+        return fitting(partial(measure_peak, mode, shape, device, options.data))
     words = [sys.executable, "-m", "benchmarks.step", "--peak-of", mode.name, "--shape", shape.words]
     words += ["--threads", str(torch.get_num_threads()), "--device", options.device]
     words += ["--data", options.data] if options.data else []

@@ -19,6 +19,7 @@ from torch import Tensor
 from activation_store.batch import ActivationBatch
 from benchmarks.dense_step import DenseStep
 from benchmarks.measure import Step
+from benchmarks.models import new_model
 from trainer.config import (
     ActivationConfig,
     ActivationKind,
@@ -201,7 +202,7 @@ def build_step(
     if mode.backend == "dense":
         return DenseStep(model_spec(shape, mode), batch, lr=LR, device=device, bf16=mode.bf16)
     config = run_config(shape, mode)
-    model = make_model(model_spec(shape, mode), seed=0, backend=mode.backend).to(device)
+    model = new_model(model_spec(shape, mode), device, backend=mode.backend, make_model=make_model)
     if mode.kind == "jumprelu":
         for layer, theta in zip(model.source_layers, band(shape, batch).thetas, strict=True):
             layer.log_threshold.data.fill_(math.log(theta))  # type: ignore[union-attr]
@@ -233,7 +234,7 @@ class Band(NamedTuple):
 @torch.no_grad()
 def band(shape: Shape, batch: ActivationBatch) -> Band:
     """From the pre-activations of the batch under the initial encoder."""
-    model = CrossLayerTranscoder(model_spec(shape, MODES["dense"]), seed=0, backend="reference").to(batch.mlp_in.device)
+    model = new_model(model_spec(shape, MODES["dense"]), batch.mlp_in.device, backend="reference")
     n = shape.k * shape.n_tokens
     thetas, widths = [], []
     for s in range(shape.n_layers):
@@ -251,7 +252,7 @@ def band(shape: Shape, batch: ActivationBatch) -> Band:
 @torch.no_grad()
 def band_share(shape: Shape, batch: ActivationBatch, thetas: list[float], bandwidth: float) -> float:
     """Share of all pre-activations with |pre - theta| < bandwidth / 2, under the initial encoder."""
-    model = CrossLayerTranscoder(model_spec(shape, MODES["dense"]), seed=0, backend="reference").to(batch.mlp_in.device)
+    model = new_model(model_spec(shape, MODES["dense"]), batch.mlp_in.device, backend="reference")
     shares = [
         (model.pre_activations(s, batch.mlp_in[:, s]) - theta).abs_() < bandwidth / 2 for s, theta in enumerate(thetas)
     ]

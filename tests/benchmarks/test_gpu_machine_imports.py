@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 THERE = {"torch", "triton", "numpy", "pytest"}
@@ -71,9 +72,24 @@ def test_the_simulation_refuses_what_is_missing(environment: dict[str, str]) -> 
         assert done.returncode != 0, module
 
 
-def test_tests_of_the_gpu_are_collected_and_pass_or_skip(environment: dict[str, str]) -> None:
+def test_tests_of_the_gpu_are_collected_and_skip_for_want_of_one_alone(environment: dict[str, str]) -> None:
+    """A file that cannot import a package of the machine's would be one skip, with another reason."""
     printed = run(environment, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider")
-    assert "skipped" in printed or "passed" in printed
+    skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
+    there = torch.cuda.is_available()
+    assert all(line.endswith("needs a CUDA device") for line in skipped), printed[-3000:]
+    files = {match[0] for line in skipped for match in [re.search(r"tests/\w+/test_\w+", line)] if match}
+    assert there or len(files) >= 7, files
+    counted = sum(int(number) for number in re.findall(r"(\d+) (?:skipped|passed)", printed))
+    assert counted >= 280, printed[-500:]
+
+
+def test_what_they_call_runs(environment: dict[str, str]) -> None:
+    """Beyond the imports: kernels (without a GPU in the interpreter), and a whole loss with its gradients."""
+    files = ["tests/kernels/test_strides.py", "tests/kernels/test_triton_backend.py"]
+    chosen = "(each_operand_alone and triton and values) or (are_the_references and relu and not jumprelu)"
+    printed = run(environment, "-m", "pytest", *files, "-k", chosen, "-q", "-p", "no:cacheprovider")
+    assert re.search(r"^2 passed", printed, re.MULTILINE), printed[-3000:]
 
 
 def test_kernels_run(environment: dict[str, str]) -> None:

@@ -1,16 +1,21 @@
 """The benchmark of whole steps: the dense step trains what the engine trains, JumpReLU's band is what it says."""
 
+import re
+import weakref
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import steps
+from benchmarks import steps, turns
 from benchmarks.breakdown import OP_PARTS, PARTS, breakdown
 from benchmarks.dense_step import DenseStep
-from benchmarks.measure import median_ratio, take_turns
-from benchmarks.step import modes_table, selection_table
+from benchmarks.measure import Page, check_losses, median_ratio, take_turns
+from benchmarks.models import copied_model
+from benchmarks.step import selection_table
 from benchmarks.steps import MODES, Band, Shape, band, build_step, model_spec, modes_for, random_batch
+from benchmarks.turns import modes_table
 from trainer.kernels.dispatch import Kernels
 from trainer.model.clt import CrossLayerTranscoder
 
@@ -87,12 +92,71 @@ def test_the_parts_of_a_breakdown_are_the_whole_step(fused: bool) -> None:
 def test_tables_have_a_row_for_every_mode_and_selection() -> None:
     assert [mode.name for mode in modes_for(CPU)][:2] == ["dense", "reference"]
     batch = random_batch(SHAPE, CPU)
-    modes = modes_table([REFERENCE], SHAPE, batch, 1, {"reference": 5.0, "dense": 7.0})
+    modes = modes_table(MODES["dense"], [REFERENCE], SHAPE, batch, 1, {"reference": 5.0, "dense": 7.0})
     assert [line.split(" | ")[0] for line in modes.splitlines()[2:]] == ["| reference", "| dense"]
     assert f"{7.0 / SHAPE.state_mib:.2f}" in modes
     selections = selection_table(REFERENCE, SHAPE, batch, 1)
     for word in ("BatchTopK per layer", "BatchTopK over all layers", "JumpReLU", "tanh penalty", "recipe's eps"):
         assert word in selections
+
+
+def test_what_does_not_fit_is_measured_apart_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that holds one step at a time, and one that does not hold the dense step."""
+    batch, alive, whole = random_batch(SHAPE, CPU), [], build_step
+
+    class Held:
+        """A step that takes the card while it lives."""
+
+        def __init__(self, *args: object) -> None:
+            if any(ref() is not None for ref in alive) or args[0].name in too_large:
+                raise torch.OutOfMemoryError("the card is full")
+            self.step = whole(*args)
+            alive.append(weakref.ref(self))
+
+        def __call__(self) -> float:
+            return self.step()
+
+    monkeypatch.setattr(turns, "build_step", Held)
+    too_large: set[str] = set()
+    for large, ratio, ms in ((set(), "apart", r"[\d.]+"), ({"dense"}, "-", "left out: out of memory")):
+        too_large |= large
+        page = modes_table(MODES["dense"], [REFERENCE], SHAPE, batch, 2, {"reference": None})
+        rows = [line.split(" | ") for line in page.splitlines()[2:4]]
+        assert rows[0][0] == "| reference"
+        assert rows[0][2].endswith(ratio)
+        assert rows[0][3:] == ["-", "- |"]
+        assert float(rows[0][1]) > 0
+        assert re.fullmatch(ms, rows[1][1])
+        assert page.endswith("do not fit the card together.")
+
+
+def test_steps_measured_apart_must_train_the_same_model_too() -> None:
+    with pytest.raises(RuntimeError, match="do not train the same model"):
+        check_losses({"dense": 1.0, "triton": 1.1}, 1e-2)
+    check_losses({}, 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_copied_models_are_the_drawn_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And from the second on nothing is drawn."""
+    spec = model_spec(SHAPE, steps.replace(REFERENCE, kind=kind))
+    drawn = CrossLayerTranscoder(spec, seed=0, backend="reference").state_dict()
+    copied_model(spec, CPU, backend="reference", make_model=CrossLayerTranscoder)
+    monkeypatch.setattr(torch.Tensor, "uniform_", None)
+    copied = copied_model(spec, CPU, backend="reference", make_model=CrossLayerTranscoder)
+    assert copied.state_dict().keys() == drawn.keys()
+    for name, value in copied.state_dict().items():
+        assert torch.equal(value.nan_to_num(), drawn[name].nan_to_num()), name
+    assert copied.partitions().keys() == drawn.keys()
+
+
+def test_a_page_is_written_after_every_section(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    page = Page(str(file), "# Title", "Conditions.")
+    for section in ("first", "second"):
+        page.add(section)
+        assert file.read_text().endswith(f"\n\n{section}\n")
+    assert file.read_text() == "# Title\n\nConditions.\n\nfirst\n\nsecond\n"
 
 
 def test_shapes_count_parameters_as_the_model_has_them() -> None:
