@@ -310,7 +310,11 @@ def _connect(url: str, options: dict[str, str], *, max_retries: int = 0) -> Any:
     except UnknownConfigurationKeyError as error:
         raise UserError(f"options of {url}: {_reason(error)}") from error
     except BaseError as error:
-        raise UserError(f"store.path={url}: {_reason(error)}; give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX") from error
+        reason = _reason(error)
+        remedy = "give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+        if "AccessKey" in reason:
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both"
+        raise UserError(f"store.path={url}: {reason}; {remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

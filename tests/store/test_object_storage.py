@@ -136,8 +136,10 @@ def test_credentials_that_are_missing_or_wrong_are_one_clear_line(
     finally:
         post(f"{endpoint}/moto-api/reset-auth", b"inf")
     assert "\n" not in str(caught.value)
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both"):
+        storage(endpoint, "half")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     # Where a machine of the cloud would be asked for its own: nobody answers here.
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(UserError, match="no credentials; set AWS_ACCESS_KEY_ID") as caught:
