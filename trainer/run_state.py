@@ -48,7 +48,7 @@ class RunState:
             "calibrated_step": self.calibrated_step,
             "rng": rng_state(),
             "environment": self._environment,
-            **origin(setup.config),
+            **origin(setup.config, by_columns=setup.by_columns),
         }
         with self._engine.master_weights():
             setup.checkpointer.save(

@@ -23,7 +23,7 @@ from trainer.model.spec import ModelSpec
 from trainer.parallel.agreement import Agreement, lost_peers_told
 from trainer.parallel.engine import check_engine, engine_name
 from trainer.parallel.mesh import Mesh, open_mesh, rank_device
-from trainer.parallel.split import SplitChoice, choose_split
+from trainer.parallel.split import SplitChoice, choose_split, kept_split
 from trainer.parallel.split_table import Link, groups_in_one_machine
 from trainer.reproducibility import deterministic
 from trainer.rules import check_columns, check_run_config
@@ -104,6 +104,7 @@ def _train(config: RunConfig, mesh: Mesh, device: torch.device, *, started: floa
         checkpoint = checkpointer.to_resume()
         if checkpoint is not None:
             check_origin(config, checkpoint.state)
+            split = kept_split(split, config.parallel, checkpoint.state.get("written_by", {}))
         resumed_from = None if checkpoint is None else checkpoint.step
         schedule = build_schedule(config)
         if resumed_from == schedule.total_steps:

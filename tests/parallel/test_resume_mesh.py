@@ -12,7 +12,7 @@ from tests.parallel.processes import Processes
 from tests.store.s3 import BUCKET, s3_server
 from tests.training.runs import ACTIVATIONS, assert_same_bits, checkpoint_tensors, records, tiny_run
 from trainer.checkpoint import Checkpointer
-from trainer.config import RunConfig
+from trainer.config import DecoderSplit, RunConfig
 
 _EVERY_STEP = {"train.log_every": 1}
 
@@ -51,6 +51,9 @@ def test_any_mesh_and_engine_continues_any_other(tiny_store: RunConfig, four_ran
         else:
             assert four_ranks.run(cases.in_double, cases.resumed, config) == [5] * 4
         _same_run(config, whole)
+        newest = Checkpointer(config.run).newest_good()
+        assert newest is not None
+        assert newest.state["written_by"]["decoder_split"] == split.replace("auto", "columns")
 
 
 def test_a_mesh_goes_on_from_a_url_past_a_damaged_checkpoint(
@@ -69,10 +72,13 @@ def test_a_mesh_goes_on_from_a_url_past_a_damaged_checkpoint(
         storage = ObjectStorage(url, ObjectStorageOptions(cache_bytes=0))
         newest = "step_00000010/model_00001.safetensors"
         storage.put(newest, storage.get(newest)[:-1])
+        # Decided before: auto, which would take rows, keeps the columns.
+        remote.parallel.decoder_split = DecoderSplit.auto
         answers = two_ranks.run(cases.with_object_store, endpoint, cases.resumed, remote)
         assert [found for found, _ in answers] == [5, 5]
         said = [line for _, lines in answers for line in lines if "damaged" in line]
         assert len(said) == 1, said
+        assert "decoders by columns, as before the checkpoint" in "".join(answers[0][1])
         assert "step_00000010 is damaged (model_00001.safetensors" in said[0]
         assert_same_bits(checkpoint_tensors(remote.run, remote), checkpoint_tensors(whole.run))
     assert records(remote.run) == records(whole.run)

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import ActivationConfig, ActivationKind, DecoderSplit, ModelConfig, ParallelConfig
 from trainer.model.spec import ModelSpec
-from trainer.parallel.split import SplitChoice, choose_split, columns_bytes, rows_bytes
+from trainer.parallel.split import SplitChoice, choose_split, columns_bytes, kept_split, rows_bytes
 from trainer.parallel.split_table import Link, Steps, groups_in_one_machine, measured_steps
 
 SPEC: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_features": 32768}
@@ -57,6 +57,23 @@ def test_choices(settings: dict[str, Any], by_columns: bool, words: str) -> None
     assert choice.by_columns is by_columns
     assert words in choice.reason
     assert "\n" not in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("written_by", "parallel", "kept"),
+    [
+        ({"feature": 2, "decoder_split": "columns"}, {"feature": 2}, True),
+        ({"feature": 2, "decoder_split": "columns"}, {"feature": 2, "data": 4}, True),
+        ({"feature": 4, "decoder_split": "columns"}, {"feature": 2}, False),
+        ({"feature": 2, "decoder_split": "columns"}, {"feature": 2, "decoder_split": DecoderSplit.rows}, False),
+        ({"feature": 2, "decoder_split": "auto"}, {"feature": 2}, False),
+        ({}, {"feature": 2}, False),
+    ],
+)
+def test_what_auto_has_decided_stays(written_by: dict[str, Any], parallel: dict[str, Any], kept: bool) -> None:
+    choice = SplitChoice(by_columns=False, reason="rows")
+    found = kept_split(choice, ParallelConfig(**parallel), written_by)
+    assert found == (SplitChoice(True, "columns, as before the checkpoint") if kept else choice)
 
 
 def test_the_time_between_two_points_and_outside() -> None:

@@ -11,8 +11,9 @@ them). What a selection costs is the same either way.
 """
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.config import ActivationConfig, ActivationKind, DecoderSplit, ModelConfig, ParallelConfig
 from trainer.model.break_even import MOST_SPARSE
@@ -57,6 +58,20 @@ def choose_split(
         f"{'columns' if by_columns else 'rows'}: about {columns:,.0f} bytes a token and rank by columns, {rows:,.0f} "
         f"by rows, {source}, with {entries:,.0f} entries a token over all layers expected ({why})",
     )
+
+
+def kept_split(choice: SplitChoice, parallel: ParallelConfig, written_by: Mapping[str, Any]) -> SplitChoice:
+    """auto decides once: a run that goes on with as many ranks of the feature axis keeps the split of its checkpoint,
+    and with it its bits. written_by: of the checkpoint's state.json.
+    """
+    split = written_by.get("decoder_split")
+    asked = parallel.decoder_split is not DecoderSplit.auto
+    if asked or parallel.feature == 1 or written_by.get("feature") != parallel.feature:
+        return choice
+    # Checkpoints of before have auto there.
+    if split not in {DecoderSplit.columns, DecoderSplit.rows}:
+        return choice
+    return SplitChoice(split == DecoderSplit.columns, f"{split}, as before the checkpoint")
 
 
 def expected_entries(model: ModelConfig, activation: ActivationConfig, spec: ModelSpec) -> tuple[float, str]:

@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from activation_store.errors import AgreedError
-from trainer.config import RunConfig
+from trainer.config import DecoderSplit, RunConfig
 from trainer.run_folder import checkpoint_differences, config_to_dict
 
 
-def origin(config: RunConfig) -> dict[str, Any]:
-    """Its config, and by which mesh and engine it is written: a part of state.json."""
+def origin(config: RunConfig, *, by_columns: bool) -> dict[str, Any]:
+    """Its config, and by which mesh, split and engine it is written: a part of state.json."""
     parallel = config.parallel
     written_by = {
         "data": parallel.data,
         "feature": parallel.feature,
-        "decoder_split": parallel.decoder_split.value,
+        "decoder_split": (DecoderSplit.columns if by_columns else DecoderSplit.rows).value,
         "engine": config.engine.kind.value,
     }
     return {"written_by": written_by, "config": config_to_dict(config)}
