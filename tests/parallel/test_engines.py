@@ -191,13 +191,18 @@ def test_every_stage_of_zero_on_every_mesh(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("mesh", "split"), [((2, 1), "columns"), ((4, 1), "columns"), ((2, 2), "columns"), ((2, 2), "rows")]
+    ("mesh", "split"),
+    [
+        *(((data, 1), "columns") for data in (2, 4)),
+        *((mesh, split) for mesh in ((1, 2), (1, 4), (2, 2)) for split in ("columns", "rows")),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dead_features_with_every_engine(
     two_ranks: Processes, four_ranks: Processes, engine: str, mesh: tuple[int, int], split: str
 ) -> None:
-    processes = two_ranks if mesh == (2, 1) else four_ranks
+    processes = two_ranks if mesh[0] * mesh[1] == 2 else four_ranks
     check(processes, dead_case(ENGINES[engine], **{"parallel.decoder_split": split}), *mesh)
 
 
