@@ -69,6 +69,18 @@ def test_topk(parameters: torch.dtype, compute: torch.dtype) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
+def test_topk_of_two_to_the_20_features() -> None:
+    """The best are at both ends of a token's 16,384 groups."""
+    weight_FD = torch.full((2**20, 1), -1.0, device=DEVICE)
+    best = [0, 77, 2**20 - 2, 2**20 - 1]
+    weight_FD[best, 0] = torch.tensor([1.0, 4.0, 2.0, 3.0], device=DEVICE)
+    bias_F = torch.zeros(2**20, device=DEVICE)
+    found = encode_topk(torch.ones(1, 1, device=DEVICE), weight_FD, bias_F, 3, None, F32)
+    assert found.offsets.tolist() == [0, 3]
+    assert found.feature_ids.tolist() == best[1:]
+    assert found.values.tolist() == [4.0, 2.0, 3.0]
+
+
 def test_topk_by_norm() -> None:
     case = encoder(9, 300, compute=BF16)
     assert_topk(encode_topk(*case.operands, 7, norms(300), BF16), case, 7, norms(300))
