@@ -75,6 +75,7 @@ class RollingBatches(BackgroundBatches):
         self._taking = start_batch
         # The batch of the last checkpoint, and the windows before which it has no need of any.
         self._saved = start_batch, int(self._state["group"]) * self._mixed
+        self._not_freed: OSError | UserError | None = None
         # The group in which a batch begins, and the first shard of a group: of those that training may not be past.
         self._group_at = {start_batch: int(self._state["group"])}
         self._first_shards: dict[int, int] = {}
@@ -121,7 +122,12 @@ class RollingBatches(BackgroundBatches):
             del self._first_shards[number]
         self._saved = position, group * self._mixed
         if self._rank == 0:
-            self._folder.free(group * self._mixed)
+            try:
+                self._folder.free(group * self._mixed)
+            except (OSError, UserError) as error:
+                # Checkpoints are written in a thread of their own, and training may be waiting for this very room.
+                self._not_freed = error
+                raise
 
     def finish(self) -> None:
         """Training is done: tells the harvests."""
@@ -170,6 +176,8 @@ class RollingBatches(BackgroundBatches):
             if self._stop.wait(POLL_SECONDS):
                 raise RuntimeError("closed while it waited for a window")
             self._check_children()
+            if self._not_freed is not None:
+                raise self._not_freed
             self._check_room(last)
             waited += POLL_SECONDS
             if waited >= _PATIENCE_SECONDS:

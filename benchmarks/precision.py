@@ -189,7 +189,8 @@ def page(results: dict[str, Result], work: Path, words: list[str]) -> str:
         f"{store.n_layers} layers of width {store.d_model}, {model.n_features} features a layer, "
         f"{config.activation.kind} with k = {config.activation.k}; {train.tokens} tokens in batches of "
         f"{train.batch_size_tokens}. Weights, master and moments: bytes of each parameter of W_enc and W_dec "
-        "(gradients take 4 more). Peak: what the process added while it trained, the shuffled pool of rows included. "
+        "(gradients take 4 more). Peak: what the process added while it trained, after a short run that compiles, the "
+        "shuffled pool of rows included. "
         f"FVU and L0: held-out rows, inference rule, at the end. Loss: of training, mean of the last {LAST_SHARE:.0%} "
         "of steps.",
         "",

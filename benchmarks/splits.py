@@ -12,6 +12,8 @@ is what `parallel.decoder_split=auto` goes by (`trainer/parallel/split_table.py`
 """
 
 import argparse
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -172,6 +174,12 @@ def main() -> None:
     parser.add_argument("--link", metavar="RATE", help="between two ranks, in tc's words: 1gbit; as root")
     parser.add_argument("--write", metavar="FILE", help="write the page there")
     arguments = parser.parse_args()
+    if arguments.link and (arguments.ranks != 2 or os.geteuid() or not (shutil.which("ip") and shutil.which("tc"))):
+        parser.error("--link is for two ranks, and wants root and iproute2 (ip, tc); leave it out, or see to these")
+    for text in arguments.shape:
+        _, d_model, n_features, _ = (int(number) for number in text.split(","))
+        if d_model % arguments.ranks or n_features % arguments.ranks:
+            parser.error(f"--shape {text}: d and F must be divisible by --ranks {arguments.ranks}")
     over = f"a link of {arguments.link} each way between them" if arguments.link else "loopback between them"
     page = [
         "# Decoders by columns and by rows",

@@ -131,6 +131,7 @@ def beside(
 
 
 def milliseconds(seconds: list[float]) -> str:
+    """The median for a table; what was not measured did not fit."""
     if not seconds:
         return "left out: out of memory"
     return f"{median(seconds) * 1e3:.0f}" if median(seconds) >= 0.1 else f"{median(seconds) * 1e3:.1f}"

@@ -97,15 +97,19 @@ class Checkpoint:
             )
 
     def _opened(self) -> CheckpointReader:
-        """`reader` on every rank, or its error on every one: the others must not wait for one that has failed."""
+        """`reader` on every rank, or its error on every one: none must wait for one that has failed. Told once;
+        FileNotFoundError stays what it is.
+        """
         reader, problem = None, None
         try:
             reader = self.reader()
         except OSError as error:
             problem = error
         for each in self.ranks.gather(problem):
-            if each is not None:
+            if each is not None and (self.ranks.group is None or isinstance(each, FileNotFoundError)):
                 raise each
+            if each is not None:
+                raise AgreedError(os_error_line(each)) from each
         assert reader is not None
         return reader
 
@@ -360,7 +364,8 @@ def _check_same(path: Place, entries: Mapping[str, TensorEntry], pieces: Pieces,
             if entry.shape != piece.shape and name.endswith(".scales"):
                 raise AgreedError(
                     f"{path}: {name} has blocks of the columns of other ranks; with optim.state_dtype=int8 go on "
-                    "with the same parallel.feature, or with parallel.decoder_split=rows from the start"
+                    "with the same parallel.feature and parallel.decoder_split, or with parallel.decoder_split=rows "
+                    "from the start"
                 )
             if entry.shape != piece.shape or (entry.dtype != dtype and not widened):
                 raise AgreedError(

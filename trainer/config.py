@@ -241,7 +241,7 @@ class DecoderSplit(StrEnum):
     """How decoders lie on the feature axis: `columns`, each rank its part of d_model of every feature (sparse codes
     travel); `rows`, each rank its own features' decoders whole (reconstructions are summed); `auto`: whichever is
     faster by a table of measured steps (where nothing was measured, whichever moves fewer bytes), decided before step 1
-    and logged.
+    and logged; evaluate takes columns, or rows where d_model does not divide.
     """
 
     auto = "auto"

@@ -271,6 +271,28 @@ def test_a_reader_waits_while_room_is_made_by_rank_0_though_all_know_of_the_chec
     assert folder.read().freed == told[1][11]["group"] * _MIXED > 0
 
 
+class _NeverFrees(RollingFolder):
+    def free(self, first: int) -> RollingState:
+        raise OSError(28, "No space left on device", str(self.folder))
+
+
+def test_room_that_cannot_be_made_ends_the_wait_for_it(rolling: Rolling, tmp_path: Path) -> None:
+    store, source, budget = rolling.at(tmp_path / "store", 10)
+    folder, budget = _NeverFrees(Path(store.path)), replace(budget, checkpoint_batches=12)
+    folder.join(budget.windows)
+    with (
+        harvesting(rolling, store, source),
+        RollingBatches(folder, rolling.whole, source, budget, batch_size_tokens=_BATCH) as batches,
+    ):
+        for _ in range(12):
+            next(batches)
+        # As in the thread that writes checkpoints, whose error training hears of when it comes to the next one.
+        with pytest.raises(OSError, match="No space"):
+            batches.checkpointed(12)
+        with pytest.raises(OSError, match="No space"):
+            list(zip(range(24), iter(lambda: next(batches), None), strict=False))
+
+
 def test_a_rolling_store_is_not_taken_for_another(rolling: Rolling, tmp_path: Path) -> None:
     store, source, budget = rolling.at(tmp_path / "store", 6)
     with harvesting(rolling, store, source):

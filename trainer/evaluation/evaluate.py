@@ -80,18 +80,21 @@ def _evaluate(
         run_config = load_config(folder.path)
         check_eval_config(config, run_config)
     checkpoint = Checkpointer.of(folder.path, run_config, ranks=all_ranks()).newest_good(model_only=True)
-    with stopped_together(mesh, agreement) as after_batch:
+    with stopped_together(mesh, agreement) as end_if_asked:
         with agreement.together():
             opened = _open(folder, config, run_config, checkpoint, parallel, device)
+        end_if_asked()
         collectives = collectives_of(mesh, by_columns=opened.by_columns)
+        transcoder = load_checkpoint(opened.checkpoint, run_config, device, collectives=collectives)
+        end_if_asked()
         evaluation = evaluate_transcoder(
-            load_checkpoint(opened.checkpoint, run_config, device, collectives=collectives),
+            transcoder,
             opened.subject,
             opened.contexts,
             _settings(config, run_config, opened.store),
             threshold_rule=threshold_rule(run_config, opened.checkpoint),
             dead_after_tokens=dead_after_tokens(run_config),
-            after_batch=after_batch,
+            after_batch=end_if_asked,
         )
     first_layer = opened.store.layers[0]
     with agreement.together(), full_disk_told(folder.path, resume_command(folder.path, "evaluate")):

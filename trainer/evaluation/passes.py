@@ -97,6 +97,9 @@ class ReplacedSubject:
         Features of a layer are those of its mlp_in on this stream, after the replacements before it; they write to
         all their target layers. At kept positions no feature is computed and the subject's own MLP acts.
         """
+        if kept_NC.all():
+            # No row for the collectives of a mesh to send.
+            return self._forward(batch, lambda layer, mlp_in_NCD, own_NCD: own_NCD)
         stream = LayerwiseTranscoder(self.transcoder, int((~kept_NC).sum()))
 
         def replace(layer: int, mlp_in_NCD: Tensor, own_NCD: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activation_store.errors import UserError
+from activation_store.errors import AgreedError
 from trainer.build import parameter_count
 from trainer.evaluation.jackknife import Statistic, as_json, jackknife
 from trainer.evaluation.measure import Measured
@@ -26,11 +26,11 @@ def evaluation_json(
     """The figures with the keys and definitions of evaluation.json, and `x_se` beside each mean x.
 
     `dead_after_tokens` is the window of training's dead features; without one, the dead fractions are null. Raises
-    UserError if every row was excluded.
+    UserError, on all ranks alike, if every row was excluded.
     """
     tokens = int(measured.targets.count_K.sum())
     if tokens == 0:
-        raise UserError(
+        raise AgreedError(
             "there is nothing to measure: every held-out row is the first token of a piece, a special token or an "
             "outlier; give more text (eval.documents, eval.contexts_per_document)"
         )

@@ -35,7 +35,7 @@ class Block:
 
 
 def has_encoder(weight_FD: Tensor, bias_F: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether the encoder's kernels take these dtypes; float64 goes to the reference."""
+    """Whether the encoder's kernels take these dtypes; others go to the reference."""
     return all(dtype in KERNEL_DTYPES for dtype in (weight_FD.dtype, bias_F.dtype, compute_dtype))
 
 

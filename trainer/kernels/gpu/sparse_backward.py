@@ -49,7 +49,7 @@ def decoder_backward(
     accumulate: bool,
     dots: bool,
 ) -> Tensor | None:
-    """Both gradients of a decoding in one pass, sums in float32. float64 is done by the reference."""
+    """Both gradients of a decoding in one pass, sums in float32. Other dtypes are done by the reference."""
     if not has_kernel(grad_BC, rows_FC, values_N, compute_dtype=compute_dtype):
         return reference.decoder_backward(
             grad_BC, rows_FC, offsets, feature_ids_N, tokens_N, index, values_N, compute_dtype,
@@ -76,7 +76,7 @@ def row_gradients(
     out_FC: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """(F, C), in `out_FC` where given; sums in float32. float64 is done by the reference."""
+    """(F, C), in `out_FC` where given; sums in float32. Other dtypes are done by the reference."""
     if not has_kernel(weights_N, tokens_BC, compute_dtype=compute_dtype):
         return reference.row_gradients(index, weights_N, tokens_BC, compute_dtype, out_FC=out_FC, accumulate=accumulate)
     if out_FC is None:
@@ -91,7 +91,7 @@ def row_gradients(
 
 
 def feature_sums(index: FeatureIndex, weights_N: Tensor) -> Tensor:
-    """(F): sum of the weights of each feature, in float32. float64 is done by the reference."""
+    """(F): sum of the weights of each feature, in float32. Other dtypes are done by the reference."""
     if not has_kernel(weights_N):
         return reference.feature_sums(index, weights_N)
     n_features = index.offsets.numel() - 1

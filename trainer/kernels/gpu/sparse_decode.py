@@ -21,7 +21,7 @@ _ENTRIES = 8
 def sparse_decode(
     y_BC: Tensor, offsets: Tensor, feature_ids_N: Tensor, values_N: Tensor, rows_FC: Tensor, compute_dtype: torch.dtype
 ) -> None:
-    """Add the active rows to `y_BC`, summing in float32. float64 is done by the reference."""
+    """Add the active rows to `y_BC`, summing in float32. Other dtypes are done by the reference."""
     if not has_kernel(y_BC, values_N, rows_FC, compute_dtype=compute_dtype):
         reference.sparse_decode(y_BC, offsets, feature_ids_N, values_N, rows_FC, compute_dtype)
         return
