@@ -359,7 +359,7 @@ def test_weights_broken_by_the_last_update_are_not_saved(run: RunConfig, monkeyp
     monkeypatch.setattr(PlainEngine, "update", overflow)
     with pytest.raises(UserError, match="after step 1: layer 1 has scores that are not finite") as error:
         train(run)
-    assert "no checkpoint was written yet" in str(error.value)
+    assert "then start again with `layerloom train run=" in str(error.value)
     assert Checkpointer(run.run).newest_good() is None
 
 
