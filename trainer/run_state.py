@@ -81,12 +81,12 @@ class RunState:
         report(f"train: continuing {run} from step {checkpoint.step} of {setup.schedule.total_steps}")
         return checkpoint.step
 
-    def where_to_resume(self) -> str:
-        """For an error's line."""
+    def where_to_resume(self, *, without: str = "no checkpoint was written yet") -> str:
+        """For an error's line. `without`: what it says where there is no checkpoint."""
         checkpointer = self._setup.checkpointer
         checkpointer.settle()
         if checkpointer.newest is None:
-            return "no checkpoint was written yet"
+            return without
         return f"resume from {checkpointer.newest} with `{resume_command(self._setup.folder.path)}`"
 
     @contextmanager
@@ -96,7 +96,5 @@ class RunState:
             yield
         except UserError as error:
             kind = AgreedError if isinstance(error, AgreedError) else UserError
-            where, setup = self.where_to_resume(), self._setup
-            if setup.checkpointer.newest is None:
-                where = f"start again with `{resume_command(setup.folder.path)}`"
-            raise kind(f"{error}; then {where}") from error
+            again = f"start again with `{resume_command(self._setup.folder.path)}`"
+            raise kind(f"{error}; then {self.where_to_resume(without=again)}") from error
