@@ -1,12 +1,12 @@
 """A store on an object store: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, through obstore.
 
 Credentials and endpoint come from the environment variables that other tools use (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS; ...). A commit is a conditional PUT
-(`If-None-Match: *`). Objects are uploaded whole, read by ranges.
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME; ...). A
+commit is a conditional PUT (`If-None-Match: *`; on GCS `x-goog-if-generation-match: 0`). Objects are uploaded whole,
+read by ranges.
 """
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +16,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-    UnknownConfigurationKeyError,
-)
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 from activation_store.errors import UserError
 from activation_store.file_cache import CachedFile, FileCache
 from activation_store.files import Pieces, copy_to_pieces, read_descriptor
+from activation_store.object_errors import check_options, connect_error, endpoints, request_error
 from activation_store.retries import Retries, StorageError, TransientError
 from activation_store.storage import Bytes
 
@@ -43,9 +38,6 @@ _CLIENT_OPTIONS = {
     "connect_timeout": "5s",
     "timeout": "3600s",
 }
-_SECRETS = ("secret", "token", "password", "access_key", "account_key", "sas_key", "service_account_key")
-# Where machines of a cloud ask for their credentials.
-_METADATA = ("169.254.169.254", "/latest/api/token", "/latest/meta-data", "/computeMetadata/")
 
 
 def is_url(place: object) -> bool:
@@ -95,6 +87,8 @@ class ObjectStorage:
         self._retries, self._cache = options.retries, options.cache()
         self._store = _connect(self.url, options.options)
         self._slots = threading.BoundedSemaphore(options.max_requests)
+        # Whether a request has succeeded: what credentials there are have served.
+        self._answered = False
 
     def __str__(self) -> str:
         return self.url
@@ -104,7 +98,7 @@ class ObjectStorage:
         if not folder:
             return self
         inner = ObjectStorage(f"{self.url}/{folder}", self._options)
-        inner._slots = self._slots
+        inner._slots, inner._answered = self._slots, self._answered
         return inner
 
     def get(self, key: str) -> bytes:
@@ -208,34 +202,16 @@ class ObjectStorage:
         def attempt(number: int) -> T:
             with self._slots:
                 try:
-                    return request(number)
-                except FileNotFoundError as error:
-                    if "NoSuchBucket" in str(error):
-                        raise UserError(f"{self.url}: there is no such bucket; make it, or give another") from error
-                    raise
-                except BaseError as error:
-                    raise self._failure(key, error) from error
+                    answer = request(number)
+                except (BaseError, FileNotFoundError) as error:
+                    failure = request_error(self.url, key, error, answered=self._answered)
+                    if failure is error:
+                        raise
+                    raise failure from error
+                self._answered = True
+                return answer
 
         return self._retries.run(attempt)
-
-    def _failure(self, key: str, error: BaseError) -> Exception:
-        reason = _reason(error)
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-            return UserError(
-                f"{self.url}: the server refused these credentials ({reason}); check the access key, the secret and "
-                "what they may do"
-            )
-        if any(word in reason for word in _METADATA) or "credential" in reason.lower():
-            return UserError(
-                f"{self.url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "(gs: GOOGLE_APPLICATION_CREDENTIALS; a public bucket: the option skip_signature)"
-            )
-        status = re.search(r"status code: (\d+)", reason)
-        if status is None and "HTTP error" not in reason:
-            return StorageError(f"{self.url}/{key}: {reason}")
-        if status is None or int(status[1]) >= 500 or int(status[1]) in (408, 409, 429):
-            return TransientError(f"{self.url}/{key}: {reason}")
-        return StorageError(f"{self.url}/{key}: {reason}")
 
 
 class ObjectFile:
@@ -293,30 +269,13 @@ class ObjectFile:
 
 
 def _connect(url: str, options: dict[str, str], *, max_retries: int = 0) -> Any:
-    for key in options:
-        if any(word in key.lower() for word in _SECRETS):
-            raise UserError(
-                f"the option {key} is a secret, and configs are written beside checkpoints; give it by an "
-                "environment variable (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
-            )
-    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
+    check_options(url, options)
     client: dict[str, Any] = dict(_CLIENT_OPTIONS)
-    if endpoint.startswith("http://"):
+    if any(endpoint.startswith("http://") for endpoint in endpoints(url, options)):
         client["allow_http"] = True
     # Other retries are ours: a conditional request may only be repeated by who knows what its answer then means.
     try:
         connect: Any = from_url
         return connect(url, config=options, client_options=client, retry_config={"max_retries": max_retries})
-    except UnknownConfigurationKeyError as error:
-        raise UserError(f"options of {url}: {_reason(error)}") from error
     except BaseError as error:
-        reason = _reason(error)
-        remedy = "give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
-        if "AccessKey" in reason:
-            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both"
-        raise UserError(f"store.path={url}: {reason}; {remedy}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """What obstore says first: the rest describes its inside, and servers answer with pages."""
-    return " ".join(str(error).split("\n\nDebug source", maxsplit=1)[0].split())[:300]
+        raise connect_error(url, error) from error

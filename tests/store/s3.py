@@ -7,12 +7,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
+# Status, headers, body.
+Answer = tuple[int, list[tuple[str, str]], bytes]
 _HOP_HEADERS = ("connection", "transfer-encoding", "keep-alive")
 
 
@@ -83,8 +86,10 @@ class Proxy:
 
 
 @contextmanager
-def proxy_to(endpoint: str) -> Iterator[Proxy]:
-    """A proxy on a socket of its own."""
+def proxy_to(
+    endpoint: str, admit: Callable[[str, Message], Answer | None] = lambda method, headers: None
+) -> Iterator[Proxy]:
+    """A proxy on a socket of its own. `admit` is shown each request, may change its headers, and may refuse it."""
     proxy = Proxy()
 
     class Handler(BaseHTTPRequestHandler):
@@ -98,7 +103,7 @@ def proxy_to(endpoint: str) -> Iterator[Proxy]:
                 self.close_connection = True
 
         def _any(self) -> None:
-            _forward(self, proxy, endpoint)
+            _forward(self, proxy, lambda body: admit(self.command, self.headers) or _ask(self, endpoint, body))
 
         do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _any
 
@@ -113,7 +118,7 @@ def proxy_to(endpoint: str) -> Iterator[Proxy]:
         proxy.stop()
 
 
-def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> None:
+def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, ask: Callable[[bytes], Answer]) -> None:
     body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
     with proxy.lock:
         proxy.number += 1
@@ -133,7 +138,7 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> No
         if fault == "drop":
             handler.close_connection = True
             return
-        status, headers, data = _ask(handler, endpoint, body)
+        status, headers, data = ask(body)
         if fault == "lose":
             handler.close_connection = True
             return
@@ -149,7 +154,7 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, endpoint: str) -> No
             proxy.at_once -= 1
 
 
-def _ask(handler: BaseHTTPRequestHandler, endpoint: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+def _ask(handler: BaseHTTPRequestHandler, endpoint: str, body: bytes) -> Answer:
     connection = HTTPConnection(endpoint.removeprefix("http://"))
     try:
         headers = {name: value for name, value in handler.headers.items() if name.lower() not in _HOP_HEADERS}

@@ -28,10 +28,10 @@ from tests.store.harvesting import Configs
 from tests.store.making import manifest, random_rows, write_store
 from tests.store.s3 import BUCKET, Proxy, proxy_to
 from tests.store.test_harvest import changed, configs, folder
-from tests.store.test_object_storage import QUICK, credentials, endpoint, proxy, storage
+from tests.store.test_object_storage import QUICK, Cloud, azurite, cloud, credentials, endpoint, proxy, storage
 from trainer.metrics import read_metrics
 
-__all__ = ["configs", "credentials", "endpoint", "folder", "proxy"]
+__all__ = ["azurite", "cloud", "configs", "credentials", "endpoint", "folder", "proxy"]
 
 
 def at(url: str, endpoint: str, cache: Path | None = None, retries: Retries = QUICK) -> Place:
@@ -132,29 +132,28 @@ def test_what_is_wrong_with_a_remote_store_is_one_line(copied: tuple[ActivationS
 
 
 def test_a_harvest_into_a_url_is_that_into_a_folder(
-    configs: Configs, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    configs: Configs, cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with proxy_to(endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setenv("LAYERLOOM_CACHE", str(tmp_path / "cache"))
-        configs = changed(configs, store={"tokens": 500, "held_out_tokens": 60, "claim_seconds": 2.0})
-        harvest(*configs, device="cpu")
-        draws = np.random.default_rng(2).random(10_000)
-        proxy.fault = lambda method, number: ("503", "drop", "lose")[number % 3] if draws[number] < 0.1 else ""
-        url = f"s3://{BUCKET}/harvested"
-        asked = changed(configs, store={"path": url})
-        summary = harvest(*asked, device="cpu")
-        assert proxy.faults > 3
-        assert not summary.skipped
-        assert harvest(*asked, device="cpu").skipped
-        with pytest.raises(UserError, match=r"text.seed: 0 there, 1 asked for"):
-            harvest(*changed(asked, text={"seed": 1}), device="cpu")
-    there, local = storage(endpoint, "harvested"), Path(configs[2].path)
+    monkeypatch.setenv(*cloud.settings())
+    monkeypatch.setenv("LAYERLOOM_CACHE", str(tmp_path / "cache"))
+    configs = changed(configs, store={"tokens": 300, "held_out_tokens": 40, "shard_rows": 288, "claim_seconds": 2.0})
+    harvest(*configs, device="cpu")
+    draws = np.random.default_rng(2).random(10_000)
+    cloud.proxy.fault = lambda method, number: ("503", "drop", "lose")[number % 3] if draws[number] < 0.1 else ""
+    there, local = cloud.at("harvested"), Path(configs[2].path)
+    asked = changed(configs, store={"path": there.url})
+    summary = harvest(*asked, device="cpu")
+    assert cloud.proxy.faults > 3
+    assert not summary.skipped
+    assert harvest(*asked, device="cpu").skipped
+    with pytest.raises(UserError, match=r"text.seed: 0 there, 1 asked for"):
+        harvest(*changed(asked, text={"seed": 1}), device="cpu")
     files = {path.relative_to(local).as_posix(): path for path in local.rglob("*") if path.is_file()}
     assert set(there.list_all("")) == set(files)
-    for key, path in files.items():
-        if not key.endswith("manifest.json"):
-            assert there.get(key) == path.read_bytes(), key
+    same = [key for key in files if not key.endswith("manifest.json")]
+    with ThreadPoolExecutor(8) as pool:
+        for key, data in zip(same, pool.map(there.get, same), strict=True):
+            assert data == files[key].read_bytes(), key
 
 
 def test_info_of_a_url(

@@ -1,0 +1,100 @@
+"""What an object store, or its configuration, did not like: in one line, with what to do."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError, UnknownConfigurationKeyError
+
+from activation_store.errors import UserError
+from activation_store.retries import StorageError, TransientError
+
+# Names of options that hold secrets; those that end with `_file` hold a path.
+_SECRETS = (
+    "secret", "token", "password", "access_key", "account_key", "master_key", "sas_key", "customer_key",
+    "encryption_key", "service_account_key",
+)  # fmt: skip
+_AWS, _GOOGLE, _AZURE = "AWS", "GOOGLE", "AZURE"
+_CLOUDS = {"gs": _GOOGLE, "az": _AZURE, "azure": _AZURE, "adl": _AZURE, "abfs": _AZURE, "abfss": _AZURE}
+_CREDENTIALS = {
+    _AWS: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both",
+    _GOOGLE: "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account, or run "
+    "`gcloud auth application-default login`",
+    _AZURE: "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_ENDPOINTS = {_AWS: "endpoint", _GOOGLE: "base_url", _AZURE: "endpoint"}
+# Where machines of a cloud ask for their credentials, and what obstore calls asking for them elsewhere.
+_TOKENS = ("//169.254.", "/latest/api/token", "/latest/meta-data", "/computeMetadata/", "token request")
+
+
+def endpoints(url: str, options: Mapping[str, str]) -> list[str]:
+    """Addresses of servers that options, or the cloud's environment variables, give."""
+    variables = ((name, value) for name, value in os.environ.items() if name.startswith(_cloud(url)))
+    named = re.compile(r"(endpoint|endpoint_url|endpoint_url_s3|base_url)$", re.IGNORECASE)
+    return [value for name, value in (*options.items(), *variables) if value and named.search(name)]
+
+
+def check_options(url: str, options: Mapping[str, str]) -> None:
+    """Raises UserError for a secret, and for an address that is none."""
+    for key in options:
+        if any(word in key.lower() for word in _SECRETS) and not key.lower().endswith("_file"):
+            raise UserError(
+                f"the option {key} is a secret, and configs are written beside checkpoints; leave it out and "
+                f"{_CREDENTIALS[_cloud(url)]}"
+            )
+    for given in endpoints(url, options):
+        if not re.match(r"https?://[^/\s]", given):
+            raise UserError(f"{url}: the endpoint {given!r} is no address; give http://HOST:PORT or https://HOST")
+
+
+def connect_error(url: str, error: BaseError) -> UserError:
+    """Why there cannot be such a store, or not with these options and variables."""
+    said, cloud = reason(error), _cloud(url)
+    if isinstance(error, UnknownConfigurationKeyError):
+        return UserError(f"options of {url}: {said} (the address of the server is `{_ENDPOINTS[cloud]}`)")
+    if re.search("access ?key|account must be|service account|credential", said, re.I):
+        return UserError(f"{url}: {said}; {_CREDENTIALS[cloud]}")
+    return UserError(f"store.path={url}: {said}; give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX")
+
+
+def request_error(url: str, key: str, error: Exception, *, answered: bool) -> Exception:
+    """What to raise for a failed request. `answered`: the client has had credentials that served."""
+    said = reason(error)
+    found = re.search(r"code: (\d+)", said)
+    status = int(found[1]) if found else 0
+    # A "builder error" is an address that cannot be asked.
+    unsent = "HTTP error" in said and "builder error" not in said
+    passing = status >= 500 or status in (408, 409, 429) or (unsent and not status)
+    refused = f"the server refused these credentials ({said}); check the key, the secret and what they may do"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return UserError(f"{url}: {refused}")
+    if any(word in said for word in _TOKENS) or (not status and not unsent and "credential" in said.lower()):
+        return _token_error(url, said, status, passing=passing and (answered or status > 0))
+    # In the server's page, which follows an address of any length.
+    if re.search("NoSuchBucket|ContainerNotFound", str(error)):
+        return UserError(f"{url}: there is no such bucket; make it, or give another")
+    if isinstance(error, FileNotFoundError):
+        return error
+    if status in (401, 403):
+        return UserError(f"{url}: {refused}")
+    return (TransientError if passing else StorageError)(f"{url}/{key}: {said}")
+
+
+def _token_error(url: str, said: str, status: int, *, passing: bool) -> Exception:
+    """Why no credentials were to be had from the cloud, or for those of the user."""
+    if passing:
+        return TransientError(f"{url}: {said}")
+    remedy = f"{_CREDENTIALS[_cloud(url)]} (a public bucket: the option skip_signature)"
+    if status in (400, 401):
+        return UserError(f"{url}: the server refused these credentials ({said}); {remedy}")
+    return UserError(f"{url}: no credentials, and this machine has none of its own; {remedy}")
+
+
+def reason(error: BaseException) -> str:
+    """What obstore says first: the rest describes its inside, and servers answer with pages."""
+    said = " ".join(str(error).split("\n\nDebug source", maxsplit=1)[0].split())
+    return re.sub(r"^Generic \w+ error: ", "", said)[:300]
+
+
+def _cloud(url: str) -> str:
+    return _CLOUDS.get(url.partition("://")[0], _AWS)
