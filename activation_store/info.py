@@ -8,7 +8,7 @@ from typing import Any
 from activation_store.completion import SourceCounts
 from activation_store.manifest import Commit, StoreManifest, read_commits
 from activation_store.places import Place
-from activation_store.progress import human_bytes
+from activation_store.progress import counted, human_bytes, layer_range
 from activation_store.store import ActivationStore
 from activation_store.verify import store_folders
 
@@ -47,25 +47,26 @@ def store_info(path: Place | str) -> str:
     lines = [*_described(store, total), *_made(store, total), *_scaled(store)]
     for folder in store_folders(path)[1:]:
         held_out = ActivationStore.open(folder, allow_incomplete=True)
-        lines.append(f"held out    {held_out.manifest.status}, {held_out.n_rows:,} rows in {folder.name}/")
+        lines.append(f"held out    {held_out.manifest.status}, {counted(held_out.n_rows, 'row')} in {folder.name}/")
     return "\n".join(lines)
 
 
 def _described(store: ActivationStore, total: _Totals) -> list[str]:
     m = store.manifest
-    rows = f"{store.n_rows:,} in {total.windows} windows, {len(total.documents)} documents"
+    rows = f"{store.n_rows:,} in {counted(total.windows, 'window')}, {counted(len(total.documents), 'document')}"
+    kind, _, numbers = layer_range(m.layers).partition(" ")
     return [
         f"store       {store.path} ({m.status}, format {m.format_version})",
         f"rows        {rows}, {human_bytes(store.n_rows * store.layout.row_bytes)}",
         *_on_disk(total, m.compression.value),
-        f"arrays      mlp_in, mlp_out (rows, {len(m.layers)} layers, {m.d_model}) {m.dtype.value}",
-        f"layers      {m.layers[0]}-{m.layers[-1]}, {m.input_hook} -> mlp_out",
+        f"arrays      mlp_in, mlp_out (rows, {counted(len(m.layers), 'layer')}, {m.d_model}) {m.dtype.value}",
+        f"{kind:<12}{numbers}, {m.input_hook} -> mlp_out",
     ]
 
 
 def _on_disk(total: _Totals, compression: str) -> list[str]:
     """Files and bytes of each array, as committed."""
-    whole = f"{human_bytes(total.sizes.total())} in {total.files.total()} shards, compression {compression}"
+    whole = f"{human_bytes(total.sizes.total())} in {counted(total.files.total(), 'shard')}, compression {compression}"
     arrays = ", ".join(f"{name} {human_bytes(size)}" for name, size in total.sizes.most_common())
     return [f"on disk     {whole}", *([f"            {arrays}"] if arrays else [])]
 
@@ -86,12 +87,12 @@ def _texts(m: StoreManifest) -> list[str]:
     contexts = f"contexts of {m.text['context_length']} tokens"
     if "merged" not in m.config:
         sources = m.text.get("sources")
-        what = f"a mixture of {len(sources)} sources" if sources else m.text["path"]
+        what = f"a mixture of {counted(len(sources), 'source')}" if sources else m.text["path"]
         return [f"text        {what}, {contexts}, seed {m.text['seed']}"]
     lines = [f"text        {len(m.config['merged'])} sources, merged; {contexts}"]
     for source in m.config["merged"]:
         share = source["rows"] / max(1, m.rows)
-        counts = f"{source['rows']:,} rows ({share:.1%}), {source['documents']:,} documents"
+        counts = f"{counted(source['rows'], 'row')} ({share:.1%}), {counted(source['documents'], 'document')}"
         lines.append(f"            {source['text']['path']}, seed {source['text']['seed']}: {counts}")
     return lines
 
@@ -99,8 +100,8 @@ def _texts(m: StoreManifest) -> list[str]:
 def _sources(m: StoreManifest, total: _Totals) -> list[str]:
     """Rows and documents of each source of a mixture, as committed so far; what became of chats' special tokens."""
     lines = [
-        f"            {source['label']}: {source['rows']:,} rows ({source['rows'] / max(1, total.rows):.1%}), "
-        f"{source['documents']:,} documents"
+        f"            {source['label']}: {counted(source['rows'], 'row')} ({source['rows'] / max(1, total.rows):.1%}), "
+        f"{counted(source['documents'], 'document')}"
         for source in total.sources
     ]
     if m.text.get("chat") or any(source["chat"] for source in m.text.get("sources", [])):
@@ -117,7 +118,7 @@ def _scaled(store: ActivationStore) -> list[str]:
     share = statistics.count / max(1, store.n_rows)
     lines = [
         f"used rows   {statistics.count:,} ({share:.1%}): without first tokens of a piece, special tokens and "
-        f"{store.manifest.outlier_rows} outliers above {store.manifest.outlier_factor:g} x the mean norm",
+        f"{counted(store.manifest.outlier_rows, 'outlier')} above {store.manifest.outlier_factor:g} x the mean norm",
         "layer       mean |mlp_in|  mean |mlp_out|",
     ]
     norms = zip(store.layers, statistics.input_norm_mean_L, statistics.output_norm_mean_L, strict=True)

@@ -31,7 +31,7 @@ from activation_store.manifest import (
     read_commits,
 )
 from activation_store.places import Place, read_parts, storage_at
-from activation_store.progress import Progress, human_bytes, report
+from activation_store.progress import Progress, counted, human_bytes, report
 from activation_store.shard_writer import write_shard
 from activation_store.shards import ShardRecord, read_pieces
 from activation_store.store import ActivationStore
@@ -299,7 +299,5 @@ class _Merge:
 
 def merge_line(summary: MergeSummary, output: Place) -> str:
     """The summary in words."""
-    return (
-        f"{output}: {summary.rows:,} rows of {summary.documents:,} documents; {human_bytes(summary.linked)} linked, "
-        f"{human_bytes(summary.copied)} copied"
-    )
+    rows = f"{counted(summary.rows, 'row')} of {counted(summary.documents, 'document')}"
+    return f"{output}: {rows}; {human_bytes(summary.linked)} linked, {human_bytes(summary.copied)} copied"

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
@@ -44,6 +44,18 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError("the loop returns at TB")
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 window`, `1,526 rows`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def layer_range(layers: Sequence[int]) -> str:
+    """`layers 4-6`, `layer 4`."""
+    if not layers:
+        return "no layers"
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
 
 
 def human_seconds(seconds: float) -> str:

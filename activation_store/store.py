@@ -19,7 +19,7 @@ from activation_store.errors import UserError
 from activation_store.layout import ArrayLayout
 from activation_store.manifest import COMPLETE, HELD_OUT, MANIFEST, StoreManifest, read_commits
 from activation_store.places import Place, place
-from activation_store.progress import human_bytes
+from activation_store.progress import counted, human_bytes, layer_range
 from activation_store.shards import read_pieces
 from activation_store.statistics import (
     BoolRows,
@@ -111,9 +111,9 @@ class ActivationStore:
     def __repr__(self) -> str:
         m = self.manifest
         size = human_bytes(self.n_rows * self.layout.row_bytes)
-        layers = f"layers {m.layers[0]}-{m.layers[-1]}" if m.layers else "no layers"
+        rows, layers = counted(self.n_rows, "row"), layer_range(m.layers)
         return (
-            f"ActivationStore({str(self.path)!r}: {m.status}, {self.n_rows:,} rows of {m.subject['path']}, {layers}, "
+            f"ActivationStore({str(self.path)!r}: {m.status}, {rows} of {m.subject['path']}, {layers}, "
             f"d_model {m.d_model}, {m.input_hook} -> mlp_out, {m.dtype.value}, {size})"
         )
 

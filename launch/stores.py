@@ -14,19 +14,22 @@ def info(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
 
 def verify(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store verify FOLDER`: 1 if anything is damaged."""
-    from activation_store.progress import human_bytes
+    from activation_store.progress import counted, human_bytes
     from activation_store.verify import verify_store
 
     found = verify_store(folders[0])
     for line in found.damaged:
         print(f"damaged: {line}")
     end = f"{len(found.damaged)} damaged; repair: layerloom store repair {folders[0]}"
-    print(f"{folders[0]}: {found.files} files, {human_bytes(found.bytes)}, {'no damage' if found.ok else end}")
+    print(
+        f"{folders[0]}: {counted(found.files, 'file')}, {human_bytes(found.bytes)}, {'no damage' if found.ok else end}"
+    )
     return 0 if found.ok else 1
 
 
 def repair(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int:
     """`store repair FOLDER`: 1 if shards are not the bytes that they were (other hardware or versions)."""
+    from activation_store.progress import counted
     from activation_store.repair import Places, repair_store
     from launch.stages import quiet_libraries
 
@@ -40,8 +43,9 @@ def repair(config: LayerloomConfig, folders: list[Place], keys: set[str]) -> int
     summary = repair_store(folders[0], places, device=config.device)
     for shard in summary.changed:
         print(f"changed: {shard}")
-    end = f"{len(summary.changed)} shards are other bytes than before" if summary.changed else "all as they were"
-    print(f"{folders[0]}: {summary.windows} windows harvested again, {end}")
+    changed = counted(len(summary.changed), "shard") + (" is" if len(summary.changed) == 1 else " are")
+    end = f"{changed} other bytes than before" if summary.changed else "all as they were"
+    print(f"{folders[0]}: {counted(summary.windows, 'window')} harvested again, {end}")
     return 1 if summary.changed else 0
 
 

@@ -15,7 +15,7 @@ from activation_store.compare import config_differences
 from activation_store.device import resolve_device
 from activation_store.errors import UserError
 from activation_store.packages import resolve_package_path
-from activation_store.progress import Progress, human_bytes, human_count, human_seconds
+from activation_store.progress import Progress, counted, human_bytes, human_count, human_seconds, layer_range
 
 WRITE_FOREVER = """
 import sys
@@ -114,6 +114,9 @@ def test_human_numbers() -> None:
     assert [human_bytes(n) for n in (0, 999, 1000, 1.5e9, 2e15)] == ["0 B", "999 B", "1 kB", "1.5 GB", "2e+03 TB"]
     assert [human_seconds(s) for s in (0.4, 59.4, 60, 3599, 3725)] == ["0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 02 min"]  # fmt: skip  # noqa: E501
     assert [human_count(n) for n in (7, 12_345, 4.56e6, 3e9)] == ["7", "12.3k", "4.56M", "3G"]
+    assert [counted(n, "row") for n in (0, 1, 1_526)] == ["0 rows", "1 row", "1,526 rows"]
+    assert counted(2, "process", "processes") == "2 processes"
+    assert [layer_range(n) for n in ([], [4], [4, 5, 6])] == ["no layers", "layer 4", "layers 4-6"]
 
 
 def test_devices() -> None:

@@ -171,7 +171,7 @@ def test_the_commands_repair_and_remove(configs: Configs, capsys: pytest.Capture
     assert f"layerloom store repair {store}" in capsys.readouterr().out
     words = ["store", "repair", str(store), f"subject.cache_dir={configs[0].cache_dir}", "device=cpu"]
     assert main(words) == 0
-    assert "1 windows harvested again, all as they were" in capsys.readouterr().out
+    assert "1 window harvested again, all as they were" in capsys.readouterr().out
     assert tree(store) == before
     assert main(["store", "remove", str(store)]) == 1
     assert store.exists()

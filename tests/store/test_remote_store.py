@@ -191,7 +191,7 @@ def test_the_commands_take_urls(
         assert main(["store", "verify", url, *reach]) == 1
         assert f"damaged: {url}/mlp_out/c/0/0/0: missing" in capsys.readouterr().out
         assert main(["store", "repair", url, *reach, "device=cpu"]) == 0
-        assert "1 windows harvested again, all as they were" in capsys.readouterr().out
+        assert "1 window harvested again, all as they were" in capsys.readouterr().out
         assert main(["store", "merge", url, str(job.folder / "store"), f"output={url}_merged", *reach]) == 0
         assert main(["store", "info", f"{url}_merged", *reach]) == 0
         assert "2 sources, merged" in capsys.readouterr().out

@@ -62,12 +62,12 @@ def test_info_describes_a_store(tmp_path: Path) -> None:
     write_store(tmp_path, begun, [random_rows(100, begun, 0, outliers=1)])
     write_store(tmp_path / "held_out", manifest(), [random_rows(20, begun, 1)])
     info = store_info(tmp_path)
-    assert "100 in 1 windows, 7 documents" in info
+    assert "100 in 1 window, 7 documents" in info
     assert "mlp_in, mlp_out (rows, 3 layers, 5) float16" in info
     assert "layers      2-4, resid_mid -> mlp_out" in info
     assert "torch 9.9" in info
     assert "held out    complete, 20 rows" in info
-    assert "1 outliers" in info
+    assert " 1 outlier above" in info
     begun.status, begun.statistics = "harvesting", None
     begun.save(tmp_path)
     assert "not final: run the harvest again" in store_info(tmp_path)

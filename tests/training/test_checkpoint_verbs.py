@@ -33,7 +33,7 @@ def test_info_of_a_run_is_that_of_its_newest(finished: RunConfig, capsys: pytest
     for part in (
         "checkpoints/step_00000012 (format 2)",
         "step        12, 1,152 tokens",
-        "written by  1 processes, parallel.data=1 parallel.feature=1, engine=plain",
+        "written by  1 process, parallel.data=1 parallel.feature=1, engine=plain",
         "topk, cross_layer, 3 layers of 16, 64 features each",
         "F32    12.3 kB  [64, 3, 16]\n",
         "layers.2.W_enc.exp_avg_sq",

@@ -8,7 +8,7 @@ import yaml
 
 from activation_store.errors import UserError
 from activation_store.places import Place
-from activation_store.progress import human_bytes, human_count
+from activation_store.progress import counted, human_bytes, human_count, layer_range
 from trainer.saving.examine import read_state
 from trainer.saving.index import KINDS, TensorEntry, files_of
 from trainer.saving.reader import read_index
@@ -26,12 +26,12 @@ def checkpoint_info(path: Place) -> str:
     total = sum(file["bytes"] for file in state["files"].values())
     lines = [
         f"checkpoint  {path} (format {state['format_version']})",
-        f"step        {state['step']:,}, {state.get('tokens', 0):,} tokens",
+        f"step        {state['step']:,}, {counted(state.get('tokens', 0), 'token')}",
         *_written_by(state),
         *_model(state),
-        f"on disk     {human_bytes(total)} in {len(state['files'])} files",
+        f"on disk     {human_bytes(total)} in {counted(len(state['files']), 'file')}",
     ]
-    lines += [f"{kind:<12}{_summary(index[kind])}, {len(files_of(index, [kind]))} files" for kind in KINDS]
+    lines += [f"{kind:<12}{_summary(index[kind])}, {counted(len(files_of(index, [kind])), 'file')}" for kind in KINDS]
     for kind in KINDS:
         lines += ["", f"tensors of the {kind}", *_table(index[kind])]
     if "config" in state:
@@ -48,12 +48,15 @@ def _written_by(state: Mapping[str, Any]) -> list[str]:
     if by := state.get("written_by"):
         split = f", decoder_split={by['decoder_split']}" if by["feature"] > 1 else ""
         lines.append(
-            f"written by  {by['data'] * by['feature']} processes, parallel.data={by['data']} "
+            f"written by  {counted(by['data'] * by['feature'], 'process', 'processes')}, parallel.data={by['data']} "
             f"parallel.feature={by['feature']}{split}, engine={by['engine']}"
         )
     if environment := state.get("environment"):
         versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
-        lines += [f"            {environment['hardware']}, {environment['threads']} threads", f"            {versions}"]
+        lines += [
+            f"            {environment['hardware']}, {counted(environment['threads'], 'thread')}",
+            f"            {versions}",
+        ]
     return lines
 
 
@@ -62,9 +65,9 @@ def _model(state: Mapping[str, Any]) -> list[str]:
         return []
     spec, layers = state["spec"], state["layers"]
     calibrated = state["calibrated_step"]
-    subject = f"{state['subject']['path']}, layers {layers[0]}-{layers[-1]}"
+    subject = f"{state['subject']['path']}, {layer_range(layers)}"
     return [
-        f"model       {spec['kind']}, {spec['span']}, {spec['n_layers']} layers of {spec['d_model']}, "
+        f"model       {spec['kind']}, {spec['span']}, {counted(spec['n_layers'], 'layer')} of {spec['d_model']}, "
         f"{spec['n_features']:,} features each",
         f"            thresholds {'not calibrated' if calibrated is None else f'calibrated at step {calibrated:,}'}",
         f"subject     {subject}",
