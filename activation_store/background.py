@@ -126,7 +126,8 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
             batch, self._state = item
             self._position += 1
             if self._copier is not None:
-                self._copier.wait(batch.mlp_in, batch.mlp_out)
+                scales = [scale for scale in (batch.mlp_in_scale, batch.mlp_out_scale) if scale is not None]
+                self._copier.wait(batch.mlp_in, batch.mlp_out, *scales)
             return batch
 
     def close(self) -> None:
