@@ -48,9 +48,10 @@ class Cloud:
     scheme: str
     proxy: Proxy
 
-    def at(self, prefix: str, *, cache: Path | None = None) -> ObjectStorage:
+    def at(self, prefix: str, *, cache: Path | None = None, retries: Retries = QUICK) -> ObjectStorage:
         """A folder of its own below `BUCKET`, which S3's and GCS's servers share."""
-        return storage(self.proxy.endpoint, f"{self.scheme}/{prefix}", scheme=self.scheme, cache=cache)
+        there = f"{self.scheme}/{prefix}"
+        return storage(self.proxy.endpoint, there, scheme=self.scheme, cache=cache, retries=retries)
 
     def settings(self) -> tuple[str, str]:
         """The environment variable that leads there, and its value."""

@@ -1,4 +1,4 @@
-"""Checkpoints at an S3 URL, on moto's server."""
+"""Checkpoints at a URL, on servers over a socket."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,28 +9,21 @@ import torch
 
 import trainer.loop
 from activation_store.errors import UserError
-from activation_store.object_storage import ObjectStorageOptions
-from activation_store.places import RemotePath, place
+from activation_store.places import RemotePath
+from activation_store.retries import Retries
 from launch.main import main
-from tests.store.s3 import BUCKET, Proxy
-from tests.store.test_object_storage import QUICK, credentials, endpoint, proxy
+from tests.store.s3 import BUCKET
+from tests.store.test_object_storage import Cloud, azurite, cloud, credentials, endpoint
 from tests.training.runs import assert_same_bits, checkpoint_tensors, records, tiny_run
 from trainer.checkpoint import Checkpointer, checkpoint_paths
 from trainer.config import RunConfig
 from trainer.train import train
 
-__all__ = ["credentials", "endpoint", "proxy"]
+__all__ = ["azurite", "cloud", "credentials", "endpoint"]
 
 
 class KilledError(Exception):
     """Stands for the end of the process."""
-
-
-def _folder(endpoint: str, name: str) -> RemotePath:
-    options = ObjectStorageOptions(options={"endpoint": endpoint}, cache_bytes=0, retries=QUICK)
-    folder = place(f"s3://{BUCKET}/{name}", options)
-    assert isinstance(folder, RemotePath)
-    return folder
 
 
 def _save(checkpointer: Checkpointer, step: int) -> None:
@@ -47,9 +40,9 @@ def _remove(folder: RemotePath, name: str) -> None:
 
 
 def test_the_newest_are_kept_and_what_is_not_whole_is_passed_over(
-    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _folder(endpoint, "kept")
+    folder = RemotePath(cloud.at("kept"))
     checkpointer = Checkpointer(tmp_path, folder=folder, background=True)
     assert checkpointer.to_resume() is None
     for step in (5, 10, 15):
@@ -77,9 +70,11 @@ def test_the_newest_are_kept_and_what_is_not_whole_is_passed_over(
 
 
 def test_an_upload_that_is_lost_is_sent_again_and_one_that_fails_leaves_nothing(
-    proxy: Proxy, endpoint: str, tmp_path: Path
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = _folder(proxy.endpoint, "faults")
+    # That of one part: what is tried again for longer waits for longer.
+    monkeypatch.setattr("activation_store.object_storage._PART_RETRIES", 3)
+    proxy, folder = cloud.proxy, RemotePath(cloud.at("faults"))
     checkpointer = Checkpointer(tmp_path, folder=folder, background=True)
     faults = ["503", "drop", "", "503", "", "", "drop", "503", "", "drop", "lose"]
     proxy.fault = lambda method, number: faults.pop(0) if faults and method in ("PUT", "POST") else ""
@@ -87,11 +82,13 @@ def test_an_upload_that_is_lost_is_sent_again_and_one_that_fails_leaves_nothing(
     assert (faults, proxy.faults) == ([], 7)
     assert checkpointer.newest_good() is not None
     proxy.fault = lambda method, number: "503" if method in ("PUT", "POST") else ""
+    hasty = Retries(seconds=0.2, first_pause=0.1)
+    checkpointer = Checkpointer(tmp_path, folder=RemotePath(cloud.at("faults", retries=hasty)), background=True)
     with pytest.raises(UserError, match="the checkpoint of step 10 was not written, older ones are kept") as error:
         _save(checkpointer, 10)
     assert "\n" not in str(error.value)
     proxy.fault = lambda method, number: ""
-    assert _steps(_folder(endpoint, "faults")) == ["step_00000005"]
+    assert _steps(folder) == ["step_00000005"]
 
 
 def test_a_run_goes_on_from_a_url_with_the_same_bits(
