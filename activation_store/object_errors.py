@@ -45,6 +45,12 @@ def check_options(url: str, options: Mapping[str, str]) -> None:
     for given in endpoints(url, options):
         if not re.match(r"https?://[^/\s]", given):
             raise UserError(f"{url}: the endpoint {given!r} is no address; give http://HOST:PORT or https://HOST")
+        # It heeds generations when it writes, not `If-None-Match`: of two who create an object both would win.
+        if _cloud(url) is _AWS and "storage.googleapis.com" in given:
+            there = url.partition("://")[2]
+            raise UserError(
+                f"{url}: the endpoint {given!r} does not create objects as S3 does; give gs://{there} without it"
+            )
 
 
 def connect_error(url: str, error: BaseError) -> UserError:

@@ -104,6 +104,11 @@ def test_a_machine_that_has_had_credentials_is_asked_for_them_again() -> None:
     ("url", "options", "line"),
     [
         ("s3://b", {"endpoint": "localhost:9000"}, "'localhost:9000' is no address; give http://HOST:PORT"),
+        (
+            "s3://b/x",
+            {"endpoint": "https://storage.googleapis.com"},
+            "does not create objects as S3 does; give gs://b/x",
+        ),
         ("gs://b", {"endpoint": "http://h"}, "'endpoint' is not valid.*the address of the server is `base_url`"),
         ("gs://b", {"service_account_key": "{}"}, "is a secret.* leave it out and set GOOGLE_APPLICATION_CREDENTIALS"),
         ("az://b", {"master_key": "x"}, "is a secret.* set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
