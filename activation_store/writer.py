@@ -1,6 +1,6 @@
 """Writes windows of activation rows: whole shards first, in the window's shuffled order, the commit last.
 
-Letters: N rows, R rows of an inner chunk, L layers, D d_model.
+Letters: N rows, C inner chunks of a shard, R rows of one, L layers, D d_model.
 """
 
 import os
@@ -17,21 +17,21 @@ from torch import Tensor
 
 from activation_store.codec import Encoded, decode, from_bits, stored_bits
 from activation_store.errors import UserError, os_error_line
-from activation_store.layout import StoreLayout
+from activation_store.layout import ArrayLayout, StoreLayout
 from activation_store.manifest import Commit, CommittedDocument, StoreManifest
 from activation_store.places import Place
 from activation_store.progress import human_bytes
 from activation_store.shard_writer import ShardWrite, adopt_shard, write_shard
 from activation_store.shards import ShardRecord
-from activation_store.statistics import RowSums, eligible_rows, sum_chunk
+from activation_store.statistics import RowSums, compiled_sums, eligible_rows, sum_chunk
 from activation_store.storage import Storage
 from activation_store.windows import WindowRecord
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
 _IDS = ("token_ids", "document_ids", "pieces", "positions")
 Buffers = dict[str, np.ndarray[Any, Any]]
-# Shards in memory at once, and threads that write them.
-_SHARDS, _WRITES = 2, 2
+# Shards in memory at once, and threads that gather, sum and write them: two of them mostly wait for the disk.
+_SHARDS, _THREADS = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,8 @@ class WindowWriter:
     def __init__(self, folder: Place, storage: Storage, manifest: StoreManifest) -> None:
         self._folder, self._storage, self.layout = folder, storage, manifest.layout
         self._special_ids = manifest.special_token_ids
+        # Before threads ask for it: they would all compile it.
+        compiled_sums(torch.float32)
         # Shards of every array, as they lie on disk: one is filled while one is written.
         self._buffers = [
             {a.name: np.empty(a.buffer_shape, dtype=a.dtype) for a in self.layout.arrays()} for _ in range(_SHARDS)
@@ -124,16 +126,16 @@ class WindowWriter:
         sums = RowSums.zeros(self.layout.n_layers, self.layout.d_model)
         first = record.start_row // self.layout.shard_rows
         writing: _Writing | None = None
-        with ThreadPoolExecutor(_WRITES, thread_name_prefix="store-shards") as pool:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="store-shards") as pool:
             for number in range(self.layout.shards_of(len(order))):
                 start = number * self.layout.shard_rows
                 taken = order[start : start + self.layout.shard_rows]
                 begun = self._begin_shard(rows, taken, first + number, pool)
                 if writing is not None:
-                    sums.add(self._end_shard(writing, files))
+                    sums.add(self._end_shard(writing, files, pool))
                 writing = begun
             if writing is not None:
-                sums.add(self._end_shard(writing, files))
+                sums.add(self._end_shard(writing, files, pool))
         indices, counts = np.unique(rows.columns["document_ids"][: rows.filled], return_counts=True)
         commit = Commit(
             window=record.window,
@@ -152,50 +154,54 @@ class WindowWriter:
         return commit.create(self._folder)
 
     def _begin_shard(self, rows: WindowRows, taken: IntRows, shard: int, pool: Executor) -> "_Writing":
-        """Gathers a shard's rows, begins to write its computed values, and sums them up meanwhile."""
+        """Gathers a shard's rows, begins to write them, and sums them up meanwhile."""
         buffers = self._buffers[shard % _SHARDS]
-        self._gather(rows, taken, buffers)
+        arrays = [array for array in self.layout.arrays() if array.name != "norms"]
+        gathered = [
+            pool.submit(self._gather, array, rows.columns[array.name], taken, buffers[array.name]) for array in arrays
+        ]
+        for array_gathered in gathered:
+            array_gathered.result()
         row_chunks = -(-len(taken) // self.layout.chunk_rows)
         writes = {
             array.name: pool.submit(write_shard, self._storage, array, shard, buffers[array.name], row_chunks)
-            for array in self.layout.arrays()
-            if array.name != "norms" and array.name not in _IDS
+            for array in arrays
         }
-        return _Writing(
-            shard, row_chunks, len(taken), buffers, writes, self._summarise(buffers, row_chunks, len(taken))
-        )
+        sums = self._summarise(buffers, row_chunks, len(taken), pool)
+        return _Writing(shard, row_chunks, len(taken), buffers, writes, sums)
 
-    def _gather(self, rows: WindowRows, taken: IntRows, buffers: Buffers) -> None:
-        """Copies rows into the shard's buffers; what follows the last one in its chunk is made fill values."""
+    def _gather(
+        self, array: ArrayLayout, column: np.ndarray[Any, Any], taken: IntRows, buffer: np.ndarray[Any, Any]
+    ) -> None:
+        """Copies rows into the shard's buffer; what follows the last one in its chunk is made fill values."""
         chunk_rows = self.layout.chunk_rows
-        for array in self.layout.arrays():
-            if array.name == "norms":
-                continue
-            column, buffer = rows.columns[array.name], buffers[array.name]
-            for chunk, start in enumerate(range(0, len(taken), chunk_rows)):
-                values = column[taken[start : start + chunk_rows]]
-                if array.per_layer:
-                    # A chunk holds the rows of one layer together.
-                    buffer[chunk, :, : len(values)] = values.swapaxes(0, 1)
-                else:
-                    buffer[chunk, 0, : len(values)] = values
-                buffer[chunk, :, len(values) :] = array.fill
+        memory = np.empty((chunk_rows, *column.shape[1:]), dtype=column.dtype)
+        for chunk, start in enumerate(range(0, len(taken), chunk_rows)):
+            wanted = taken[start : start + chunk_rows]
+            # Into memory that is there: "clip" does not check first, and all rows exist.
+            values = np.take(column, wanted, axis=0, out=memory[: len(wanted)], mode="clip")
+            if array.per_layer:
+                # A chunk holds the rows of one layer together.
+                buffer[chunk, :, : len(values)] = values.swapaxes(0, 1)
+            else:
+                buffer[chunk, 0, : len(values)] = values
+            buffer[chunk, :, len(values) :] = array.fill
 
-    def _end_shard(self, writing: "_Writing", files: dict[str, ShardRecord]) -> RowSums:
-        """Waits for the values, writes the rest of the shard, adds all to `files`, and returns its rows' sums."""
+    def _end_shard(self, writing: "_Writing", files: dict[str, ShardRecord], pool: Executor) -> RowSums:
+        """Waits for what is being written, writes the norms, adds all to `files`, and returns the rows' sums."""
         shard, row_chunks, sums = writing.shard, writing.row_chunks, writing.sums
         arrays = {array.name: array for array in self.layout.arrays()}
         others = [name for name, write in writing.writes.items() if self._settled(name, write.result(), writing, files)]
         if others:
-            sums = self._summarise(writing.buffers, row_chunks, writing.filled)
-        # Function of the values that were settled; where another machine rounded another way, its norms stay.
-        for name in ("norms", *_IDS):
-            written = write_shard(self._storage, arrays[name], shard, writing.buffers[name], row_chunks)
-            if self._settled(name, written, writing, files) and name in _IDS:
+            if (name := next((name for name in others if name in _IDS), None)) is not None:
                 raise UserError(
                     f"store {self._folder}: {arrays[name].shard_key(shard)} holds rows of another text or config; give "
                     "another store.path, or delete this store"
                 )
+            sums = self._summarise(writing.buffers, row_chunks, writing.filled, pool)
+        # Function of the values that were settled; where another machine rounded another way, its norms stay.
+        written = write_shard(self._storage, arrays["norms"], shard, writing.buffers["norms"], row_chunks)
+        self._settled("norms", written, writing, files)
         return sums
 
     def _settled(self, name: str, written: ShardWrite, writing: "_Writing", files: dict[str, ShardRecord]) -> bool:
@@ -206,25 +212,31 @@ class WindowWriter:
         files[array.shard_key(writing.shard)] = written.record
         return written.other
 
-    def _summarise(self, buffers: Buffers, row_chunks: int, filled: int) -> RowSums:
+    def _summarise(self, buffers: Buffers, row_chunks: int, filled: int, pool: Executor) -> RowSums:
         """Fills the shard's norms and returns its sums over the eligible rows."""
+        eligible = eligible_rows(
+            buffers["token_ids"][:row_chunks, 0], buffers["positions"][:row_chunks, 0], self._special_ids
+        )
+        eligible.reshape(-1)[filled:] = False
+        weight_CR = torch.from_numpy(eligible.astype(np.float64))
         sums = RowSums.zeros(self.layout.n_layers, self.layout.d_model)
+        totals = ((sums.in_sum_LD, sums.in_square_sum_LD), (sums.out_sum_LD, sums.out_square_sum_LD))
+        begun = [
+            pool.submit(self._sum_chunks, buffers, name, weight_CR, total)
+            for name, total in zip(("mlp_in", "mlp_out"), totals, strict=True)
+        ]
+        in_norms_CRL, out_norms_CRL = (part.result() for part in begun)
+        norms_CRL2 = torch.stack([in_norms_CRL, out_norms_CRL], dim=3).float()
+        buffers["norms"][:row_chunks, 0] = norms_CRL2.numpy()
         for chunk in range(row_chunks):
-            real = min(self.layout.chunk_rows, filled - chunk * self.layout.chunk_rows)
-            eligible = eligible_rows(buffers["token_ids"][chunk, 0], buffers["positions"][chunk, 0], self._special_ids)
-            eligible[real:] = False
-            weight_R = torch.from_numpy(eligible.astype(np.float64))
-            in_norms_RL = sum_chunk(
-                self._decoded(buffers, "mlp_in", chunk), weight_R, (sums.in_sum_LD, sums.in_square_sum_LD)
-            )
-            out_norms_RL = sum_chunk(
-                self._decoded(buffers, "mlp_out", chunk), weight_R, (sums.out_sum_LD, sums.out_square_sum_LD)
-            )
-            norms_RL2 = torch.stack([in_norms_RL, out_norms_RL], dim=2).float()
-            buffers["norms"][chunk, 0] = norms_RL2.numpy()
-            sums.norm_sum_L2 += torch.einsum("r,rlt->lt", weight_R, norms_RL2.double())
-            sums.count += int(eligible.sum())
+            sums.norm_sum_L2 += torch.einsum("r,rlt->lt", weight_CR[chunk], norms_CRL2[chunk].double())
+        sums.count = int(eligible.sum())
         return sums
+
+    def _sum_chunks(self, buffers: Buffers, name: str, weight_CR: Tensor, total: tuple[Tensor, Tensor]) -> Tensor:
+        """`sum_chunk` of the shard's chunks; returns the norms (C, R, L), float64."""
+        chunks = enumerate(weight_CR)
+        return torch.stack([sum_chunk(self._decoded(buffers, name, c), weight_R, total) for c, weight_R in chunks])
 
     def _decoded(self, buffers: Buffers, name: str, chunk: int) -> Tensor:
         """One chunk of all layers (L, R, D) as a reader will see it; the values themselves where they have no scale."""
@@ -236,7 +248,7 @@ class WindowWriter:
 
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """A shard whose computed values are being written. `sums`, and the norms in `buffers`, are those of the values."""
+    """A shard that is being written. `sums`, and the norms in `buffers`, are those of the values."""
 
     shard: int
     row_chunks: int

@@ -93,18 +93,24 @@ def test_kernels_import_torch_numpy_and_compilers_at_most() -> None:
     assert _outside(_files("trainer/kernels"), ("trainer.kernels",), third) == []
 
 
-def test_numba_is_imported_by_the_compiled_cpu_backend_and_the_stores_reader_alone() -> None:
+COMPILED = ("compiling", "scatter_compiled", "sums_compiled")
+
+
+def test_numba_is_imported_by_the_compiled_cpu_backend_and_the_stores_compiled_functions_alone() -> None:
     trainer = [file for file in _files("trainer") if "trainer/kernels/cpu/" not in file.as_posix()]
-    store = [file for file in _files("activation_store") if file.name != "scatter_compiled.py"]
+    store = [file for file in _files("activation_store") if file.stem not in COMPILED]
     assert _offences([*trainer, *store, *_files("launch")], ("numba", "llvmlite")) == []
 
 
-def test_the_compiled_reader_is_imported_when_it_is_needed() -> None:
+def test_what_is_compiled_is_imported_when_it_is_needed() -> None:
     """numba takes most of a second to import."""
-    file = ROOT / "activation_store/scatter.py"
-    top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert "scatter_compiled" not in "".join(map(ast.dump, top))
-    assert _offences([f for f in _files("activation_store") if f != file], ("activation_store.scatter_compiled",)) == []
+    users = [ROOT / "activation_store" / name for name in ("scatter.py", "statistics.py")]
+    for file in users:
+        top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        said = "".join(map(ast.dump, top))
+        assert not any(name in said for name in COMPILED)
+    others = [f for f in _files("activation_store") if f not in users and f.stem not in COMPILED]
+    assert _offences(others, tuple(f"activation_store.{name}" for name in COMPILED)) == []
 
 
 def test_the_loss_and_the_model_know_no_engine_and_no_store() -> None:
