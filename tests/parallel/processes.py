@@ -135,6 +135,8 @@ def _serve(pipe: Connection, rank: int, size: int, environment: dict[str, str], 
     import torch
     import torch.distributed as dist
 
+    from trainer.parallel.mesh import end_groups
+
     torch.set_num_threads(1)
     if store is not None:
         dist.init_process_group(
@@ -150,6 +152,9 @@ def _serve(pipe: Connection, rank: int, size: int, environment: dict[str, str], 
         except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
             answer = (False, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
+        if answer[0] and store is not None:
+            # Those that the function left.
+            end_groups()
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """The helper that runs tests on real processes."""
 
+import os
 import time
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.processes import Processes, RankError
+from trainer.config import ParallelConfig
+from trainer.parallel.mesh import open_mesh
 
 
 def _sum_of_ranks(add: int) -> tuple[int, torch.Tensor]:
@@ -34,3 +37,26 @@ def test_results_errors_and_hanging_ranks(two_ranks: Processes) -> None:
     assert [int(total) for _, total in two_ranks.run(_sum_of_ranks, 0)] == [1, 1]
     with pytest.raises(RankError, match=r"no answer from ranks \[0\]"):
         two_ranks.run(_sleeps_on, 0, timeout=1)
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _uses_a_mesh() -> int:
+    with open_mesh(ParallelConfig(data=2), torch.device("cpu")) as mesh:
+        dist.all_reduce(torch.ones(1), group=mesh.data.group)
+        dist.new_group(backend="gloo")
+        return _threads()
+
+
+def _threads_of_a_mesh() -> tuple[int, int, int]:
+    """Of this process before, while a mesh is there, and after."""
+    return _threads(), _uses_a_mesh(), _threads()
+
+
+def test_a_run_in_processes_that_go_on_leaves_no_thread_behind(two_ranks: Processes) -> None:
+    """Of many runs, they would take all of a processor."""
+    two_ranks.run(_sum_of_ranks, 0)
+    for before, inside, after in two_ranks.run(_threads_of_a_mesh):
+        assert inside > before == after

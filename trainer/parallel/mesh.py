@@ -5,7 +5,8 @@ where the launcher fills nodes in order), and in the order of global ranks the s
 its tokens.
 """
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -77,7 +78,7 @@ def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     if wanted == 1 and not dist.is_initialized():
         yield Mesh()
         return
-    ours = not dist.is_initialized()
+    ours, before = not dist.is_initialized(), _groups()
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     orderly = False
@@ -90,6 +91,23 @@ def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     finally:
         if ours and orderly:
             dist.destroy_process_group()
+        elif orderly:
+            end_groups(_groups() - before)
+
+
+def end_groups(groups: Iterable[dist.ProcessGroup] | None = None) -> None:
+    """Ends process groups, by default all but torch.distributed's own: each of gloo's has a thread that wakes a hundred
+    times a second for as long as it is there.
+    """
+    for group in _groups() - {dist.group.WORLD} if groups is None else groups:
+        dist.destroy_process_group(group)
+    # DeviceMesh and engines refer to theirs in circles.
+    gc.collect()
+
+
+def _groups() -> set[dist.ProcessGroup]:
+    """Those of this process."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 def rank_device(name: str) -> torch.device:
