@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store.batch import ActivationBatch
+from activation_store.buffers import Buffers
 from activation_store.codec import Encoded, decode, from_bits
 from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
@@ -235,3 +236,28 @@ def test_memory_is_what_was_configured_whatever_the_store(tmp_path: Path) -> Non
     # A reader that held the store, or its shards' pages, would grow by 140 MB.
     assert peaks[1] - peaks[0] < 10_000
     assert max(grown) < 25_000
+
+
+def test_the_consumer_waits_for_all_that_was_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scales of values as stored too, in the order of a device's own stream; here without a device."""
+    waited: list[torch.Tensor] = []
+
+    class Copier:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def copy(self, parts: list[Encoded], *, decoded: bool) -> list[Encoded]:
+            return parts
+
+        def wait(self, *tensors: torch.Tensor) -> None:
+            waited.extend(tensors)
+
+    monkeypatch.setattr("activation_store.background.DeviceCopier", Copier)
+    monkeypatch.setattr("activation_store.background.Buffers", lambda pinned=False: Buffers())
+    begun = manifest(dtype=StoreDtype.int8)
+    store = write_store(tmp_path, begun, [random_rows(40, begun, 0)])
+    with ShuffledBatches(
+        store, batch_size_tokens=8, pool_rows=16, decoded=False, device=torch.device("cuda")
+    ) as batches:
+        batch = next(batches)
+    parts = (batch.mlp_in, batch.mlp_out, batch.mlp_in_scale, batch.mlp_out_scale)
+    assert [id(tensor) for tensor in waited] == [id(tensor) for tensor in parts]
