@@ -68,19 +68,14 @@ class LocalFile:
 
     def at_hand(self, offset: int) -> bool:
         # Where a hint would look up page by page what is there already.
-        return in_page_cache(self.descriptor, offset)
+        with suppress(OSError):
+            return os.preadv(self.descriptor, [bytearray(1)], offset, _NO_WAIT) == 1
+        return False
 
     def hint(self, offset: int, length: int) -> None:
         for start in range(offset, offset + length, _HINT_BYTES):
             size = min(_HINT_BYTES, offset + length - start)
             os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_WILLNEED)
-
-
-def in_page_cache(descriptor: int, offset: int) -> bool:
-    """Whether the byte at `offset` can be had without waiting; False where the file system cannot tell."""
-    with suppress(OSError):
-        return os.preadv(descriptor, [bytearray(1)], offset, _NO_WAIT) == 1
-    return False
 
 
 def read_descriptor(descriptor: int, pieces: Pieces, offset: int) -> bool:

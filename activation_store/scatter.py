@@ -19,7 +19,6 @@ import torch
 from activation_store.codec import Encoded, decode, from_bits
 from activation_store.config import StoreDtype
 from activation_store.layout import ArrayLayout
-from activation_store.mapped import mapped
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
@@ -29,8 +28,6 @@ Runs = np.ndarray[Any, np.dtype[np.int64]]
 # layer of a default chunk of 16 bits fits up to a width of 640.
 _PIECE_BYTES = 5 << 16
 _PAGE_BYTES = 4096
-# Of fewer, to map them takes longer than to copy them.
-_MAPPED_BYTES = 1 << 18
 _thread = threading.local()
 
 
@@ -64,15 +61,8 @@ class Scatter:
     def read(self, descriptor: int, offsets: Offsets, layer: int) -> bool:
         """Layers `layer`, `layer + 1`, ... from a file, where each one's R rows begin at its offset.
 
-        False if the file ends before. Raises OSError. Takes no memory but one piece; what lies in the page cache is
-        read where it is.
+        False if the file ends before. Raises OSError. Takes no memory but one piece.
         """
-        start, stop = int(offsets[0]), int(offsets[-1]) + self.source_bytes
-        if _MAPPED_BYTES <= stop - start <= 2 * len(offsets) * self.source_bytes:
-            with mapped(descriptor, start, stop - start) as data:
-                if data is not None:
-                    self._call(-1, data, 0, offsets - start, layer)
-                    return True
         memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
         pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
         # Of about the same size.

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -96,25 +95,19 @@ def test_compiled_and_plain_give_the_same_bits(
     gap, size = seed % 5, case.stored[0].nbytes
     data = b"".join(b"x" * gap + part.tobytes() for part in case.stored[layer:])
     offsets = gap + np.arange(layers - layer) * (gap + size)
-    (target, expected), (by_memory, from_memory), (by_map, from_map), (by_file, from_file) = (
-        case.filled(p) for p in (0, pad, pad, pad)
-    )
+    (target, expected), (by_file, from_file), (by_memory, from_memory) = (case.filled(p) for p in (0, pad, pad))
     with patch.object(scatter, "compiled", lambda _: None):
         target.put(np.frombuffer(data, np.uint8), offsets, layer)
     by_memory.put(np.frombuffer(data, np.uint8), offsets, layer)
     asked = max(piece, case.array.row_bytes)
     guard = np.full(asked + case.array.row_bytes, UNTOUCHED, dtype=np.uint8)
-    pieces = patch.multiple(scatter, _piece=lambda size: guard[:size], _PIECE_BYTES=piece, _MAPPED_BYTES=0)
-    with tempfile.TemporaryFile() as file, pieces:
+    with tempfile.TemporaryFile() as file, patch.object(scatter, "_piece", lambda size: guard[:size]):
         file.write(data)
         file.flush()
-        assert by_map.read(file.fileno(), offsets, layer)
-        # As where what lies in the page cache cannot be read there.
-        with patch.object(scatter, "mapped", lambda *_: nullcontext(None)):
+        with patch.object(scatter, "_PIECE_BYTES", piece):
             assert by_file.read(file.fileno(), offsets, layer)
     assert (guard[asked:] == UNTOUCHED).all()
     assert same_numbers(from_memory, expected, decoded=decoded)
-    assert same_numbers(from_map, expected, decoded=decoded)
     assert same_numbers(from_file, expected, decoded=decoded)
     # The runs and nothing else.
     put = sum(int(size) for size in case.runs[:, 1]) * (layers - layer)
@@ -139,14 +132,12 @@ def test_a_file_that_ends_and_one_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decoded", [True, False])
-@pytest.mark.parametrize("how", ["mapped", "compiled", "plain"])
+@pytest.mark.parametrize("how", ["compiled", "plain"])
 def test_a_shard_cut_short_after_it_was_opened(
-    tmp_path: Path, decoded: bool, how: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, decoded: bool, how: str, request: pytest.FixtureRequest
 ) -> None:
     if how == "plain":
         request.getfixturevalue("plain")
-    if how == "mapped":
-        monkeypatch.setattr(scatter, "_MAPPED_BYTES", 0)
     begun = manifest(chunk_rows=8, shard_rows=256)
     store = write_store(tmp_path, begun, [random_rows(256, begun, 0)], pieces=256)
     with ShuffledBatches(store, batch_size_tokens=16, pool_rows=16, prefetch_bytes=0, decoded=decoded) as batches:
