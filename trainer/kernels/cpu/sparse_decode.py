@@ -18,8 +18,9 @@ from trainer.kernels.strides import check_written
 
 _CHUNK = 1024
 _TOKENS = 32
-# Chunks of all rows that stay in L2 (2 MB, and a margin: some features are idle) while every token passes by.
-_RESIDENT_FEATURES = 1024
+# Chunks of all rows that about stay in L2 (2 MB; some features are idle) while every token passes by. With 768 features
+# that was 4% faster than all columns at once, with 1,024 a tenth slower.
+_RESIDENT_FEATURES = 768
 
 
 def sparse_decode(
