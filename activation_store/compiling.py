@@ -127,8 +127,8 @@ def native(function: Callable[[Any], Any]) -> Callable[[int], int]:
     with _cache_folder(Path(function.__code__.co_filename)):
         try:
             compiled = numba.cfunc(signature, nopython=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:
-            # numba finds no folder that it may write to.
+        except (RuntimeError, OSError):
+            # numba finds no folder that it may write to, or no room there.
             compiled = numba.cfunc(signature, nopython=True, error_model="numpy")(function)
     made = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, use_errno=True)(compiled.address)
     # The machine code lives as long as what numba made.
@@ -138,7 +138,13 @@ def native(function: Callable[[Any], Any]) -> Callable[[int], int]:
 
 @lru_cache(maxsize=1)
 def widens_half() -> bool:
-    """Whether the processor converts float16 to float32 itself: where not, LLVM calls what may not be there."""
+    """Whether the processor that numba compiles for converts float16 to float32 itself.
+
+    Where not, LLVM calls what may not be there, and ends the process: no function may so much as mention float16.
+    """
+    name, features = numba.config.CPU_NAME, numba.config.CPU_FEATURES
+    if name not in (None, "host") or features:
+        return "+f16c" in (features or "")
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
     return platform.machine() in ("aarch64", "arm64")

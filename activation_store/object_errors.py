@@ -22,6 +22,11 @@ _CREDENTIALS = {
     "`gcloud auth application-default login`",
     _AZURE: "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+_VARIABLES = {
+    _AWS: ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    _GOOGLE: ("GOOGLE_BASE_URL",),
+    _AZURE: ("AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT"),
+}
 _ENDPOINTS = {_AWS: "endpoint", _GOOGLE: "base_url", _AZURE: "endpoint"}
 # Where machines of a cloud ask for their credentials, and what obstore calls asking for them elsewhere.
 _TOKENS = ("//169.254.", "/latest/api/token", "/latest/meta-data", "/computeMetadata/", "token request")
@@ -29,9 +34,9 @@ _TOKENS = ("//169.254.", "/latest/api/token", "/latest/meta-data", "/computeMeta
 
 def endpoints(url: str, options: Mapping[str, str]) -> list[str]:
     """Addresses of servers that options, or the cloud's environment variables, give."""
-    variables = ((name, value) for name, value in os.environ.items() if name.startswith(_cloud(url)))
     named = re.compile(r"(endpoint|endpoint_url|endpoint_url_s3|base_url)$", re.IGNORECASE)
-    return [value for name, value in (*options.items(), *variables) if value and named.search(name)]
+    given = [value for name, value in options.items() if named.search(name)]
+    return [value for value in (*given, *map(os.environ.get, _VARIABLES[_cloud(url)])) if value]
 
 
 def check_options(url: str, options: Mapping[str, str]) -> None:
@@ -65,16 +70,17 @@ def connect_error(url: str, error: BaseError) -> UserError:
 
 def request_error(url: str, key: str, error: Exception, *, answered: bool) -> Exception:
     """What to raise for a failed request. `answered`: the client has had credentials that served."""
-    said = reason(error)
-    found = re.search(r"code: (\d+)", said)
+    said, whole = reason(error), _first_part(error)
+    # The address before it may have any length.
+    found = re.search(r"code: (\d+)", whole)
     status = int(found[1]) if found else 0
     # A "builder error" is an address that cannot be asked.
-    unsent = "HTTP error" in said and "builder error" not in said
+    unsent = "HTTP error" in whole and "builder error" not in whole
     passing = status >= 500 or status in (408, 409, 429) or (unsent and not status)
     refused = f"the server refused these credentials ({said}); check the key, the secret and what they may do"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return UserError(f"{url}: {refused}")
-    if any(word in said for word in _TOKENS) or (not status and not unsent and "credential" in said.lower()):
+    if any(word in whole for word in _TOKENS) or (not status and not unsent and "credential" in whole.lower()):
         return _token_error(url, said, status, passing=passing and (answered or status > 0))
     # In the server's page, which follows an address of any length.
     if re.search("NoSuchBucket|ContainerNotFound", str(error)):
@@ -97,9 +103,13 @@ def _token_error(url: str, said: str, status: int, *, passing: bool) -> Exceptio
 
 
 def reason(error: BaseException) -> str:
-    """What obstore says first: the rest describes its inside, and servers answer with pages."""
-    said = " ".join(str(error).split("\n\nDebug source", maxsplit=1)[0].split())
-    return re.sub(r"^Generic \w+ error: ", "", said)[:300]
+    """What obstore says first, in a line: servers answer with pages."""
+    return re.sub(r"^Generic \w+ error: ", "", _first_part(error))[:300]
+
+
+def _first_part(error: BaseException) -> str:
+    """What comes before obstore describes its inside."""
+    return " ".join(str(error).split("\n\nDebug source", maxsplit=1)[0].split())
 
 
 def _cloud(url: str) -> str:

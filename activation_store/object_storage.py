@@ -88,7 +88,7 @@ class ObjectStorage:
         self._store = _connect(self.url, options.options)
         self._slots = threading.BoundedSemaphore(options.max_requests)
         # Whether a request has succeeded: what credentials there are have served.
-        self._answered = False
+        self._answered = threading.Event()
 
     def __str__(self) -> str:
         return self.url
@@ -204,11 +204,11 @@ class ObjectStorage:
                 try:
                     answer = request(number)
                 except (BaseError, FileNotFoundError) as error:
-                    failure = request_error(self.url, key, error, answered=self._answered)
+                    failure = request_error(self.url, key, error, answered=self._answered.is_set())
                     if failure is error:
                         raise
                     raise failure from error
-                self._answered = True
+                self._answered.set()
                 return answer
 
         return self._retries.run(attempt)

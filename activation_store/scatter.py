@@ -122,8 +122,7 @@ def compiled(decoded: StoreDtype | None) -> ModuleType | None:
         # No numba, or one that does not fit to what else is installed.
         return None
 
-    needs_half = decoded in (StoreDtype.float16, StoreDtype.float8_e4m3)
-    return None if needs_half and not compiling.widens_half() else scatter_compiled
+    return scatter_compiled if compiling.widens_half() else None
 
 
 def _piece(size: int) -> Bytes:

@@ -26,6 +26,8 @@ BLOCK = 12
 
 def add(x_LND: Tensor, weight_N: Tensor, sums: tuple[Tensor, Tensor], norms_NL: Tensor) -> None:
     """As `statistics.sum_chunk`. All but `x_LND`, whose rows lie in one piece, are contiguous and float64."""
+    written = (weight_N, *sums, norms_NL)
+    assert x_LND.device.type == "cpu" and all(t.is_contiguous() and t.dtype is torch.float64 for t in written)  # noqa: PT018
     n_layers, n_rows, width = x_LND.shape
     row = torch.empty(width)
     size = x_LND.dtype.itemsize

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -262,7 +263,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where else the store is made and removed; default: temporary")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    n_windows = max(2, round(arguments.gb * 1e9 / (WINDOW_ROWS * begun_manifest().layout.row_bytes)))
+    n_windows = max(2, ceil(arguments.gb * 1e9 / (WINDOW_ROWS * begun_manifest().layout.row_bytes)))
     print(f"    {command('benchmarks.store')}\n\n{machine(torch.device('cpu'))}.\n")
     folder = arguments.keep or Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

@@ -17,7 +17,7 @@ from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.collectives import exchanged
 from trainer.model.features import LayerCodes
 from trainer.parallel.collectives import collectives_of
-from trainer.parallel.mesh import Mesh, mesh_of
+from trainer.parallel.mesh import Mesh, end_groups, mesh_of
 
 SHAPE = {"n_layers": 3, "d_model": 12, "n_features": 64, "k": 7}
 TOKENS = 44
@@ -58,6 +58,7 @@ def check_all(cases: list[Case]) -> list[str]:
         dist.all_reduce(failed)
         if int(failed):
             break
+        end_groups()
     return wrong
 
 

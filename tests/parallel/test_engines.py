@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests.parallel.engine_runs import B, Case, assemble, run_case, run_serial, smallest_gap
 from tests.parallel.processes import Processes
+from trainer.config import ParallelConfig
+from trainer.parallel.mesh import open_mesh
 
 # What tensors differ by, relative to their largest entry.
 EXACT, ROUNDING = 1e-9, 1e-5
@@ -231,3 +233,18 @@ def test_ranks_with_other_layers_dense_sum_the_same_gradients(four_ranks: Proces
     """A layer's density is that of a rank's own tokens, and the order in which gradients come hangs on it."""
     seed, words = ZERO_ACTIVATIONS["batchtopk"]
     check(four_ranks, case_of(zero(2), words, seed=seed), 4, 1)
+
+
+def _twice(case: Case) -> list[list[float]]:
+    losses = []
+    for _ in range(2):
+        with open_mesh(ParallelConfig(), torch.device("cpu")):
+            losses.append(run_case(case, 1, 1).losses[-1])
+    return losses
+
+
+def test_a_second_run_of_deepspeed_in_one_process() -> None:
+    """It keeps process groups in its modules, of which the end of the first run must not leave it any."""
+    with Processes(1) as process:
+        [(first, second)] = process.run(_twice, case_of(zero(2), steps=2))
+    assert first == second

@@ -12,7 +12,7 @@ from trainer.calibrate import calibrate_thresholds
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
 from trainer.parallel.collectives import collectives_of
-from trainer.parallel.mesh import mesh_of
+from trainer.parallel.mesh import end_groups, mesh_of
 
 MESHES = [(1, 4, True), (1, 4, False), (2, 2, True), (2, 2, False), (4, 1, True)]
 TOPK = {"kind": "topk", "score": "decoder_norm", "skip": True}
@@ -68,6 +68,7 @@ def _all(function: Any, cases: list[tuple[Any, ...]]) -> None:
     for case in cases:
         function(*case)
         dist.barrier()
+        end_groups()
 
 
 def test_encode_decode_reconstruct(four_ranks: Processes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from activation_store.errors import UserError
-from activation_store.object_errors import request_error
+from activation_store.object_errors import endpoints, request_error
 from activation_store.object_storage import ObjectStorage, ObjectStorageOptions
 from activation_store.retries import TransientError
 from tests.store.gcs import gcs_before, other_key, service_account
@@ -98,6 +98,24 @@ def test_a_machine_that_has_had_credentials_is_asked_for_them_again() -> None:
     assert isinstance(request_error("s3://b", "x", busy, answered=False), TransientError)
     wrong = Exception("Error performing token request: non-2xx status code: 400 Bad Request")
     assert "refused" in str(request_error("gs://b", "x", wrong, answered=True))
+
+
+def test_what_passes_is_tried_again_however_long_the_address_is() -> None:
+    lost = Exception(f"Generic S3 error: Error performing GET http://host/{'x' * 400} in 1s - HTTP error: sending")
+    busy = Exception(f"Generic S3 error: Error performing GET http://host/{'x' * 400} in 1s - non-2xx status code: 503")
+    for error in (lost, busy):
+        failure = request_error("s3://b", "x", error, answered=False)
+        assert isinstance(failure, TransientError)
+        assert len(str(failure)) < 400
+
+
+def test_addresses_of_other_services_are_not_the_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "resource.openai.example")
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:2")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert endpoints("az://b", {}) == ["http://127.0.0.1:2"]
+    assert endpoints("s3://b", {"endpoint": "https://host"}) == ["https://host"]
 
 
 @pytest.mark.parametrize(

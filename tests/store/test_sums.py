@@ -1,5 +1,8 @@
 """Sums of rows, compiled and by torch, against numpy in float64."""
 
+import errno
+import os
+import subprocess
 import sys
 from unittest.mock import patch
 
@@ -60,8 +63,38 @@ def test_what_cannot_be_compiled_is_left_to_torch() -> None:
     ask = statistics.compiled_sums.__wrapped__
     assert ask(torch.float64) is None
     with patch.object(compiling, "widens_half", lambda: False):
-        assert ask(torch.float16) is None
-        assert ask(torch.bfloat16) is sums_compiled
-    with patch.dict(sys.modules, {"activation_store.sums_compiled": None}):
-        sys.modules["activation_store"].__dict__.pop("sums_compiled", None)
+        assert all(ask(dtype) is None for dtype in DTYPES)
+    package = sys.modules["activation_store"]
+    with patch.dict(sys.modules, {"activation_store.sums_compiled": None}), patch.dict(package.__dict__):
+        del package.__dict__["sums_compiled"]
         assert ask(torch.float32) is None
+
+
+def test_a_processor_without_conversion_of_half_is_left_to_torch() -> None:
+    """LLVM would end the process where it cannot find a function that converts."""
+    code = (
+        "import torch; from activation_store import scatter, statistics; "
+        "print(statistics.compiled_sums(torch.float32), scatter.compiled(None))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CPU_NAME": "generic"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.split() == ["None", "None"], run.stderr
+
+
+def test_a_full_disk_of_the_cache_stops_nothing() -> None:
+    real = compiling.numba.cfunc
+
+    def cfunc(*arguments: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)
+
+    with patch.object(compiling.numba, "cfunc", cfunc):
+        add = compiling.native(sums_compiled._sum)
+    block = np.zeros(sums_compiled.BLOCK, dtype=np.int64)
+    assert add(block.ctypes.data) == 0

@@ -6,7 +6,8 @@ its tokens.
 """
 
 import gc
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -78,7 +79,7 @@ def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     if wanted == 1 and not dist.is_initialized():
         yield Mesh()
         return
-    ours, before = not dist.is_initialized(), _groups()
+    ours, before = not dist.is_initialized(), set(_groups())
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     orderly = False
@@ -92,22 +93,27 @@ def open_mesh(config: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
         if ours and orderly:
             dist.destroy_process_group()
         elif orderly:
-            end_groups(_groups() - before)
+            end_groups(before)
 
 
-def end_groups(groups: Iterable[dist.ProcessGroup] | None = None) -> None:
-    """Ends process groups, by default all but torch.distributed's own: each of gloo's has a thread that wakes a hundred
-    times a second for as long as it is there.
+def end_groups(but: Container[dist.ProcessGroup] = ()) -> None:
+    """Ends process groups, but these and torch.distributed's own; the last made first, on every rank alike.
+
+    Each of gloo's has a thread that wakes a hundred times a second for as long as it is there.
     """
-    for group in _groups() - {dist.group.WORLD} if groups is None else groups:
-        dist.destroy_process_group(group)
+    # DeepSpeed keeps some in its modules, and has to know.
+    deepspeed = sys.modules.get("deepspeed.comm")
+    ends = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
+    for group in reversed(_groups()):
+        if group is not dist.group.WORLD and group not in but:
+            ends.destroy_process_group(group)
     # DeviceMesh and engines refer to theirs in circles.
     gc.collect()
 
 
-def _groups() -> set[dist.ProcessGroup]:
-    """Those of this process."""
-    return set(dist.distributed_c10d._world.pg_map)
+def _groups() -> list[dist.ProcessGroup]:
+    """Those of this process, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def rank_device(name: str) -> torch.device:
