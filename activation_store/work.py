@@ -194,13 +194,20 @@ def finish(work: PartWork, claims: Claims) -> None:
         if StoreManifest.load(folder).status != COMPLETE:
             _complete(work)
         claims.release(work.storage, _FINISH)
+    # A worker that began while the last window was committed has made records anew.
+    _forget_windows(work)
 
 
 def _complete(work: PartWork) -> None:
     folder = work.part.folder
     complete_store(folder, StoreManifest.load(folder))
+    _forget_windows(work)
+    work.storage.clean()
+
+
+def _forget_windows(work: PartWork) -> None:
+    """Records and claims of windows, which nobody needs when all are committed."""
     for place in (WINDOWS, CLAIMS):
         for key in list(work.storage.list(place)):
             if not key.endswith(f"/{_FINISH}"):
                 work.storage.delete(key)
-    work.storage.clean()

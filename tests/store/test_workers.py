@@ -2,13 +2,16 @@
 
 import json
 import time
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from activation_store import work
 from activation_store.claims import PATIENCE, Claims
 from activation_store.documents import DocumentIndex, read_scattered
 from activation_store.errors import UserError
@@ -17,6 +20,7 @@ from activation_store.manifest import read_commits
 from activation_store.storage import LocalStorage
 from activation_store.store import ActivationStore
 from activation_store.verify import verify_store
+from activation_store.windows import WindowRecord
 from tests.store.harvesting import Configs, harvest_in_child
 from tests.store.making import manifest, random_rows, write_store
 from tests.store.test_harvest import changed, configs, folder, wait_for
@@ -132,6 +136,24 @@ def test_claims_do_not_look_at_a_clock(configs: Configs, monkeypatch: pytest.Mon
     process.join()
     assert process.exitcode == 0
     assert tree(Path(asked[2].path)) == tree(Path(alone[2].path))
+
+
+def test_a_worker_that_began_while_the_last_window_was_committed_leaves_no_records(
+    configs: Configs, folder: Path
+) -> None:
+    """It finds all windows committed, having made their records anew."""
+    harvest(*configs, device="cpu")
+    before = tree(folder)
+    real = work._uncommitted
+
+    def as_before_completion(part: work.PartWork) -> Iterator[WindowRecord]:
+        part.manifest.status = "harvesting"
+        return real(part)
+
+    unseen = patch("activation_store.harvest.is_complete", lambda plan: False)
+    with patch.object(work, "_uncommitted", as_before_completion), unseen:
+        harvest(*configs, device="cpu")
+    assert tree(folder) == before
 
 
 def test_rows_are_mixed_over_their_window_and_found_again(configs: Configs) -> None:
