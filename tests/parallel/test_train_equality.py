@@ -31,20 +31,22 @@ _UNPUBLISHABLE = {"topk_all_layers"}
 
 @dataclass(frozen=True)
 class Case:
-    """An activation on a mesh."""
+    """An activation on a mesh, with an engine."""
 
     activation: str
     data: int
     feature: int
     split: str
+    engine: str = "plain"
 
     def __str__(self) -> str:
-        return f"{self.activation}-{self.data}x{self.feature}-{self.split}"
+        return f"{self.activation}-{self.data}x{self.feature}-{self.split}-{self.engine}"
 
     @property
     def mesh(self) -> dict[str, Any]:
-        """The mesh as settings."""
-        return {"parallel.data": self.data, "parallel.feature": self.feature, "parallel.decoder_split": self.split}
+        """The mesh and the engine as settings."""
+        mesh = {"parallel.data": self.data, "parallel.feature": self.feature, "parallel.decoder_split": self.split}
+        return {**mesh, "engine.kind": self.engine}
 
 
 COVERING = [
@@ -63,8 +65,16 @@ _OTHERS = [
     for split in (("columns", "rows") if feature > 1 else ("columns",))
     if (case := Case(activation, data, feature, split)) not in COVERING
 ]
+# DeepSpeed has no float64.
+_ENGINES = [
+    Case(activation, data, feature, "columns", engine)
+    for engine in ("fsdp", "accelerate")
+    for activation in ACTIVATIONS
+    for data, feature in _MESHES
+    if data > 1
+]
 every_case = pytest.mark.parametrize(
-    "case", [*COVERING, *(pytest.param(case, marks=pytest.mark.matrix) for case in _OTHERS)], ids=str
+    "case", [*COVERING, *(pytest.param(case, marks=pytest.mark.matrix) for case in _OTHERS + _ENGINES)], ids=str
 )
 
 
