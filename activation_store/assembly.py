@@ -4,10 +4,11 @@ Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +18,13 @@ from activation_store.chunks import RowChunk
 from activation_store.layout import ArrayLayout, StoreLayout
 from activation_store.order import LaneOrder, Pool, PoolPart
 from activation_store.places import Place
-from activation_store.scatter import Runs, Scatter, compiled
+from activation_store.scatter import Runs, Scatter, compiled, read_all
 from activation_store.shards import ShardFile
 from activation_store.statistics import BoolRows
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
+# Parts of pools that a thread reads at a time.
+_MOST_AT_A_TIME = 8
 # Shards that are kept open.
 _OPEN_SHARDS = 128
 
@@ -62,11 +65,10 @@ class ReadableStore(Protocol):
 
 @dataclass(slots=True)
 class _Lane:
-    """What a lane has been asked for: up to place `next_t`; pools in flight by their first place."""
+    """What a lane has been asked for: up to place `next_t`."""
 
     number: int
     next_t: int
-    pending: deque[tuple[int, list[Future[None]]]] = field(default_factory=deque)
 
 
 class Assembler:
@@ -78,6 +80,7 @@ class Assembler:
         order: LaneOrder,
         *,
         executor: Executor,
+        threads: int,
         buffers: Buffers,
         columns: Sequence[int],
         batch_rows: int,
@@ -87,12 +90,12 @@ class Assembler:
         keep: int,
         decoded: bool,
     ) -> None:
-        """`batch_rows`: of the global batch. `columns`: layers to read, by their index. `keep`: buffers to keep.
+        """`threads`: of the executor. `batch_rows`: of the global batch. `columns`: layers to read, by their index.
 
-        `decoded`: rows are decoded on their way to the batch; else it holds them as stored.
+        `keep`: buffers to keep. `decoded`: rows are decoded on their way to the batch; else it holds them as stored.
         """
         self._store, self._order, self._executor, self._buffers = store, order, executor, buffers
-        self._columns, self._keep, self._first = columns, keep, first
+        self._columns, self._keep, self._first, self._threads = columns, keep, first, threads
         self._decoded = store.layout.dtype if decoded else None
         if (native := compiled(self._decoded)) is not None:
             # Threads would all compile it, and numba's cache folder is one setting for all.
@@ -106,6 +109,8 @@ class Assembler:
         first_lane, last_lane = self._first_slot // self._each, (self._first_slot + self._share - 1) // self._each
         self._lanes = [_Lane(lane, first * self._each) for lane in range(first_lane, last_lane + 1)]
         self._batches: dict[int, StoredBatch] = {}
+        # What is being read, by the first place of its pools.
+        self._pending: list[tuple[int, Future[None]]] = []
         self._shards = _OpenShards(store)
         self._groups = [
             [store.layout.activations(name), *([scale] if (scale := store.layout.scale(name)) else [])]
@@ -116,43 +121,55 @@ class Assembler:
 
     def schedule(self, last: int) -> None:
         """Begins to read all that the batches up to `last` need, if it was not begun before."""
+        begun: list[tuple[int, _Target]] = []
         for lane in self._lanes:
             while lane.next_t < (last + 1) * self._each:
                 pool = self._order.pool_at(lane.number, lane.next_t)
-                lane.pending.append((pool.start, list(self._begin(lane.number, pool))))
+                begun.extend((pool.start, target) for target in self._targets(lane.number, pool))
                 lane.next_t = pool.stop
+        # Evenly to the threads, several at a time: a thread holds the interpreter between them, and others wait for it.
+        begun.sort(key=itemgetter(0))
+        tasks = max(min(len(begun), self._threads), -(-len(begun) // _MOST_AT_A_TIME))
+        for task in range(tasks):
+            some = begun[len(begun) * task // tasks : len(begun) * (task + 1) // tasks]
+            future = self._executor.submit(self._read, [target for _, target in some])
+            self._pending.append((some[0][0], future))
 
     def take(self, number: int) -> StoredBatch:
         """Waits for a batch and hands it over. Raises what reading raised (DamagedShardError, OSError)."""
         self.schedule(number)
-        for lane in self._lanes:
-            while lane.pending and lane.pending[0][0] < (number + 1) * self._each:
-                for future in lane.pending[0][1]:
-                    future.result()
-                # A pool that reaches into later batches is whole now.
-                lane.pending.popleft()
+        # Pools that reach into later batches are whole then.
+        needed = [future for start, future in self._pending if start < (number + 1) * self._each]
+        self._pending = [(start, future) for start, future in self._pending if start >= (number + 1) * self._each]
+        for future in needed:
+            future.result()
         return self._batches.pop(number)
 
     def forget(self, shard: int) -> None:
         """Closes the files of shards before `shard`: what is deleted takes no room then."""
         self._shards.forget(shard)
 
-    def _begin(self, lane: int, pool: Pool) -> Iterator[Future[None]]:
+    def _targets(self, lane: int, pool: Pool) -> Iterator["_Target"]:
         first, last = max(self._first, pool.start // self._each), (pool.stop - 1) // self._each
         for number in range(first, last + 1):
             if number not in self._batches:
                 self._batches[number] = self._new_batch(number)
-        done = 0
+        batches = [self._batches[number] for number in range(first, last + 1)]
+        first_slot, done = lane * self._each - self._first_slot, 0
+        # The rule, but for lanes that two ranks share and for the first batches of a run.
+        whole = first * self._each <= pool.start and 0 <= first_slot <= self._share - self._each
         for part in pool.parts:
             size = part.stop - part.start
             t = pool.start + pool.places[done : done + size]
             done += size
-            slots = lane * self._each + t % self._each - self._first_slot
-            mine = (t // self._each >= self._first) & (slots >= 0) & (slots < self._share)
-            if mine.any():
-                target = _Target(part, mine, (t // self._each)[mine], slots[mine], self._batches)
+            mine = None
+            if not whole:
+                slots = first_slot + t % self._each
+                mine = np.flatnonzero((t >= first * self._each) & (slots >= 0) & (slots < self._share))
+                t = t[mine]
+            if len(t):
                 self._hint(part.chunk)
-                yield self._executor.submit(self._read, target)
+                yield _Target(part, mine, t - first * self._each, first_slot, self._each, batches)
 
     def _new_batch(self, number: int) -> StoredBatch:
         decoded = self._decoded is not None
@@ -177,68 +194,84 @@ class Assembler:
                 for start, stop in self._column_runs:
                     file.hint(place.row_chunk * array.chunks_abreast + self._columns[start], stop - start)
 
-    def _read(self, target: "_Target") -> None:
-        """Reads a part of a pool."""
+    def _read(self, targets: Sequence["_Target"]) -> None:
+        """Reads parts of pools: files in one call, if it can be planned."""
+        parts = [part for target in targets for part in self._parts(target)]
+        blocks = [file.planned(*where) for file, where in parts]
+        planned = [block for block in blocks if block is not None]
+        if len(planned) == len(blocks) and read_all(planned):
+            return
+        # One by one: a file that ends too early is known then.
+        for file, where in parts:
+            file.scatter(*where)
+
+    def _parts(self, target: "_Target") -> Iterator[tuple[ShardFile, tuple[int, int, int, Scatter, int]]]:
+        """Of a part of a pool: files, and what of each one goes where."""
         chunk = self._store.chunks[target.part.chunk]
         used = np.flatnonzero(self._used.mask(target.part.chunk, chunk.rows))
-        inside = used[target.part.start : target.part.stop][target.mine]
-        target.name_rows(chunk.first_row + inside)
+        inside = used[target.part.start : target.part.stop]
+        if target.mine is not None:
+            inside = inside[target.mine]
+        first_row = int(inside[0])
         runs = target.runs(inside)
+        target.name_rows(chunk.first_row + first_row, runs)
         for group in self._groups:
             with_scales = self._decoded is not None and len(group) > 1
             scales = self._scales(group[1], chunk, inside) if with_scales else None
             for array in group[:1] if self._decoded is not None else group:
                 columns = [batch.columns[array.name] for batch in target.batches]
                 scatter = Scatter(array, runs, columns, self._decoded, scales)
-                self._scatter(array, chunk, int(inside[0]), scatter)
+                yield from self._of_layers(array, chunk, first_row, scatter)
 
     def _scales(self, array: ArrayLayout, chunk: RowChunk, inside: IntRows) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Of the chunk's rows from inside[0] to inside[-1], of each layer."""
         rows = int(inside[-1] - inside[0]) + 1
         scales = np.empty((len(self._columns), rows), dtype=np.float32)
-        self._scatter(array, chunk, int(inside[0]), Scatter(array, np.array([[0, rows, 0, 0]]), [scales]))
+        target = Scatter(array, np.array([[0, rows, 0, 0]]), [scales])
+        for file, where in self._of_layers(array, chunk, int(inside[0]), target):
+            file.scatter(*where)
         return scales
 
-    def _scatter(self, array: ArrayLayout, chunk: RowChunk, first_row: int, target: Scatter) -> None:
+    def _of_layers(
+        self, array: ArrayLayout, chunk: RowChunk, first_row: int, target: Scatter
+    ) -> Iterator[tuple[ShardFile, tuple[int, int, int, Scatter, int]]]:
         file = self._shards.get(array, chunk.shard)
         base = chunk.row_chunk * array.chunks_abreast
         for start, stop in self._column_runs:
-            file.scatter(base + self._columns[start], stop - start, first_row, target, start)
+            yield file, (base + self._columns[start], stop - start, first_row, target, start)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Target:
-    """Where rows of a part of a pool go: those of its rows that are `mine` to `slots` of the batches `numbers`."""
+    """Where rows of a part of a pool go: those that are `mine` (None: all) to the places `t` of the lane in `batches`.
+
+    A batch has `each` places of the lane, from its slot `first_slot` on; `t` counts from the first batch's first.
+    """
 
     part: PoolPart
-    mine: np.ndarray[Any, np.dtype[np.bool_]]
-    numbers: IntRows
-    slots: IntRows
-    all_batches: dict[int, StoredBatch]
-    first: int = field(init=False)
-    batches: list[StoredBatch] = field(init=False)
+    mine: IntRows | None
+    t: IntRows
+    first_slot: int
+    each: int
+    batches: list[StoredBatch]
 
-    def __post_init__(self) -> None:
-        self.first = int(self.numbers.min())
-        self.batches = [self.all_batches[n] for n in range(self.first, int(self.numbers.max()) + 1)]
-
-    def name_rows(self, rows: IntRows) -> None:
-        """Says which logical rows they are."""
-        for i, batch in enumerate(self.batches):
-            here = self.numbers == self.first + i
-            batch.rows[self.slots[here]] = rows[here]
+    def name_rows(self, first_row: int, runs: Runs) -> None:
+        """Says which logical rows they are; the first one is `first_row`."""
+        for first, size, batch, slot in runs.tolist():
+            start = first_row + first
+            self.batches[batch].rows[slot : slot + size] = np.arange(start, start + size)
 
     def runs(self, inside: IntRows) -> Runs:
         """Of the chunk's rows `inside`, counted from the first of them, those that stay together."""
-        numbers, slots = self.numbers, self.slots
-        apart = (inside[1:] - inside[:-1] != 1) | (slots[1:] - slots[:-1] != 1) | (numbers[1:] != numbers[:-1])
-        starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+        batches, places = np.divmod(self.t, self.each)
+        apart = (inside[1:] - inside[:-1] != 1) | (self.t[1:] - self.t[:-1] != 1) | (places[1:] == 0)
+        starts = np.flatnonzero(np.concatenate([[True], apart]))
         runs = np.empty((len(starts), 4), dtype=np.int64)
         runs[:, 0] = inside[starts] - inside[0]
         runs[:-1, 1] = starts[1:] - starts[:-1]
         runs[-1, 1] = len(inside) - starts[-1]
-        runs[:, 2] = numbers[starts] - self.first
-        runs[:, 3] = slots[starts]
+        runs[:, 2] = batches[starts]
+        runs[:, 3] = self.first_slot + places[starts]
         return runs
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,14 @@ _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 _preadv = ctypes.CDLL(None, use_errno=True).preadv
 _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong]
 _preadv.restype = ctypes.c_ssize_t
+# Keeps the interpreter, which threads that read would not give back at once: with _NO_WAIT it never waits.
+_peek = getattr(ctypes.PyDLL(None), "preadv2", None)
+if _peek is not None:
+    _peek.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_int]
+    _peek.restype = ctypes.c_ssize_t
+_PEEKED = ctypes.create_string_buffer(1)
+_PEEK_INTO = np.array([ctypes.addressof(_PEEKED), 1], dtype=np.uint64)
+_PEEK_ADDRESS = _PEEK_INTO.ctypes.data
 
 
 class OpenFile(Protocol):
@@ -68,9 +75,9 @@ class LocalFile:
 
     def at_hand(self, offset: int) -> bool:
         # Where a hint would look up page by page what is there already.
-        with suppress(OSError):
-            return os.preadv(self.descriptor, [bytearray(1)], offset, _NO_WAIT) == 1
-        return False
+        if _peek is None or not _NO_WAIT:
+            return False
+        return bool(_peek(self.descriptor, _PEEK_ADDRESS, 1, offset, _NO_WAIT) == 1)
 
     def hint(self, offset: int, length: int) -> None:
         for start in range(offset, offset + length, _HINT_BYTES):

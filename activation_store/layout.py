@@ -3,7 +3,7 @@
 Letters: R rows of an inner chunk, L layers, D d_model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class ArrayLayout:
     chunk_rows: int
     shard_rows: int
     compression: Compression = Compression.none
+    # Bytes of one row in one inner chunk.
+    row_bytes: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_bytes", prod(self.tail_shape) * self.dtype.itemsize)
 
     @property
     def row_chunks(self) -> int:
@@ -63,11 +68,6 @@ class ArrayLayout:
     def slots(self) -> int:
         """Inner chunks of a shard, in C order: rows first, then layers."""
         return self.row_chunks * self.chunks_abreast
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row in one inner chunk."""
-        return prod(self.tail_shape) * self.dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:

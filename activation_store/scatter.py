@@ -53,29 +53,22 @@ class Scatter:
         """Of a layer's R rows."""
         return self.rows * self.array.row_bytes
 
-    @property
-    def from_file(self) -> bool:
-        """Whether `read` can be used."""
-        return compiled(self.decoded) is not None
+    def planned(self, descriptor: int, offsets: Offsets, layer: int) -> "Block | None":
+        """How to read layers `layer`, `layer + 1`, ... from a file, where each one's R rows begin at its offset.
 
-    def read(self, descriptor: int, offsets: Offsets, layer: int) -> bool:
-        """Layers `layer`, `layer + 1`, ... from a file, where each one's R rows begin at its offset.
-
-        False if the file ends before. Raises OSError. Takes no memory but one piece.
+        For `read_all` in this thread; None where nothing can be compiled. Takes no memory but one piece.
         """
+        if (native := compiled(self.decoded)) is None:
+            return None
         memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
         pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
         # Of about the same size.
-        while (result := self._call(descriptor, memory, -(-self.rows // pieces), offsets, layer)) < -1:
-            # A signal on a network's file system: all is read again, to the same places.
-            if (error := ctypes.get_errno()) != errno.EINTR:
-                raise OSError(error, os.strerror(error))
-        return result == 0
+        return self._block(native, descriptor, memory, -(-self.rows // pieces), offsets, layer)
 
     def put(self, data: Bytes, offsets: Offsets, layer: int) -> None:
         """Layers `layer`, `layer + 1`, ... from memory that holds each one's R rows from its offset on."""
-        if compiled(self.decoded) is not None:
-            self._call(-1, data, 0, offsets, layer)
+        if (native := compiled(self.decoded)) is not None:
+            _run([self._block(native, -1, data, 0, offsets, layer)])
             return
         for number, offset in enumerate(offsets.tolist(), layer):
             # A copy: bytes are not writable, as torch wants them, and may lie at any address.
@@ -89,28 +82,54 @@ class Scatter:
         for first, rows, batch, slot in self.runs.tolist():
             self.columns[batch][layer, slot : slot + rows] = values_RD[first : first + rows]
 
-    def _call(self, descriptor: int, source: Bytes, piece_rows: int, offsets: Offsets, layer: int) -> int:
-        native = compiled(self.decoded)
-        assert native is not None
+    def _block(
+        self, native: ModuleType, descriptor: int, source: Bytes, piece_rows: int, offsets: Offsets, layer: int
+    ) -> "Block":
         columns, array = self.columns, self.array
         stride, out_bytes = columns[0].strides[:2]
-        # Not `ctypes.data`, which makes an object each time.
-        bases = np.array([column.__array_interface__["data"][0] for column in columns], dtype=np.int64)
+        bases = np.array([_address(column) for column in columns], dtype=np.int64)
         runs = np.empty((len(self.runs), 3), dtype=np.int64)
         runs[:, :2] = self.runs[:, :2]
         runs[:, 2] = bases[self.runs[:, 2]] + self.runs[:, 3] * out_bytes + layer * stride
-        scales = 0 if self.scales is None else self.scales[layer:].ctypes.data
+        scales = 0 if self.scales is None else _address(self.scales[layer:])
         # In the order of scatter_compiled's DESCRIPTOR, SOURCE, ...
-        block = np.array(
-            [
-                descriptor, source.ctypes.data, piece_rows, len(offsets), offsets.ctypes.data, len(runs),
-                runs.ctypes.data, stride, array.row_bytes // array.dtype.itemsize, array.row_bytes, out_bytes,
-                native.Form[(self.decoded or StoreDtype.float32).value], scales, self.rows,
-            ],
-            dtype=np.int64,
-        )  # fmt: skip
-        function: Callable[[int], int] = native.scatter()
-        return function(block.ctypes.data)
+        numbers = [
+            descriptor, _address(source), piece_rows, len(offsets), _address(offsets), len(runs), _address(runs),
+            stride, array.row_bytes // array.dtype.itemsize, array.row_bytes, out_bytes,
+            native.Form[(self.decoded or StoreDtype.float32).value], scales, self.rows,
+        ]  # fmt: skip
+        return Block(native, numbers, (self, source, offsets, runs))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Numbers for the compiled function, and the memory that they are the addresses of."""
+
+    native: ModuleType
+    numbers: list[int]
+    memory: tuple[Any, ...]
+
+
+def read_all(blocks: Sequence[Block]) -> bool:
+    """Does what was planned in this thread, with one call. False if a file ends before. Raises OSError."""
+    while (result := _run(blocks)) < -1:
+        # A signal on a network's file system: all is read again, to the same places.
+        if (error := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+    return result == 0
+
+
+def _run(blocks: Sequence[Block]) -> int:
+    table = np.array([block.numbers for block in blocks], dtype=np.int64)
+    head = np.array([len(blocks), _address(table)], dtype=np.int64)
+    function: Callable[[int], int] = blocks[0].native.scatter()
+    return function(_address(head))
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    # Not `ctypes.data`, which makes an object each time.
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from numba import types
 
 from activation_store.compiling import Form, fence, float32_pointer, int64_pointer, mover, native, njit
 
-# What the block holds: a file, or -1 for memory; the memory, or where a piece of the file is read to, and rows of a
+# What a block holds: a file, or -1 for memory; the memory, or where a piece of the file is read to, and rows of a
 # piece. Layers, and where the offsets of their rows in the source are. Runs, where their (first row, rows, address)
 # are, in the order of the source, and what the addresses grow by from layer to layer. Of a row: values, bytes as
 # stored, and as given. The form; where the scales (layers, rows) are, float32; rows of the source.
@@ -90,9 +90,10 @@ def _fill(descriptor: int, memory: int, length: int, offset: int) -> Any:
     return 0
 
 
-def _scatter(pointer: Any) -> Any:
+@njit
+def _scatter_block(address: int) -> Any:
     """Of each layer, the runs' rows, a piece of the source at a time. Returns as `_fill`."""
-    block = numba.carray(pointer, (BLOCK,))
+    block = numba.carray(int64_pointer(address), (BLOCK,))
     descriptor, source, piece_rows, rows = block[DESCRIPTOR], block[SOURCE], block[PIECE_ROWS], block[ROWS]
     layers, n_runs, stride, form, scales = block[LAYERS], block[RUNS], block[STRIDE], block[FORM], block[SCALES]
     width, row_bytes, out_bytes = block[WIDTH], block[ROW_BYTES], block[OUT_BYTES]
@@ -118,11 +119,22 @@ def _scatter(pointer: Any) -> Any:
                 run += 1
             if run < n_runs:
                 row = max(stop, runs[run, 0])
+    return 0
+
+
+def _scatter(pointer: Any) -> Any:
+    """Block after block: the first number says how many, the second is the first one's address. Returns as `_fill`."""
+    number, address = numba.carray(pointer, (2,))
+    for _ in range(number):
+        failed = _scatter_block(address)
+        if failed:
+            return failed
+        address += 8 * BLOCK
     fence()
     return 0
 
 
 @lru_cache(maxsize=1)
 def scatter() -> Callable[[int], int]:
-    """The compiled function: takes a block's address, returns 0, -1 or -2 (see `_fill`)."""
+    """The compiled function: takes the address of what `_scatter` says, returns 0, -1 or -2 (see `_fill`)."""
     return native(_scatter)

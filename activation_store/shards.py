@@ -20,7 +20,7 @@ from activation_store.errors import UserError
 from activation_store.files import Pieces, copy_to_pieces
 from activation_store.layout import ArrayLayout
 from activation_store.places import Place, open_file
-from activation_store.scatter import Scatter
+from activation_store.scatter import Block, Scatter
 
 NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
@@ -63,18 +63,24 @@ class ShardFile:
         except FileNotFoundError:
             raise self._damaged("missing") from None
         self._index = self._read_index()
+        plain = array.compression is Compression.none
+        wrong = self._index[:, 1] != array.chunk_bytes if plain else self._index[:, 1] == NO_CHUNK
+        # Inner chunks that no committed row can be in; None: there are none, as there are in a full shard.
+        self._wrong = wrong if wrong.any() else None
+        # Of a chunk that is not there: -1.
+        self._offsets = self._index[:, 0].view(np.int64)
 
     def read(self, first_slot: int, pieces: Sequence[Pieces], *, byte_start: int = 0) -> None:
         """Fills `pieces[i]` with the bytes of inner chunk `first_slot + i` from its byte `byte_start` on.
 
         The pieces of all chunks have equally many bytes. Raises DamagedShardError.
         """
-        index = self._entries(first_slot, len(pieces))
+        wanted_slots = self._slots(first_slot, len(pieces))
         if self._array.compression is not Compression.none:
-            for entry, wanted in zip(index, pieces, strict=True):
+            for entry, wanted in zip(self._index[wanted_slots], pieces, strict=True):
                 copy_to_pieces(self._decompressed(int(entry[0]), int(entry[1])), byte_start, wanted)
             return
-        offsets = index[:, 0].astype(np.int64) + byte_start
+        offsets = self._offsets[wanted_slots] + byte_start
         for start, stop in _contiguous(offsets, int(pieces[0][:, 1].sum())):
             wanted = np.ascontiguousarray(np.concatenate(pieces[start:stop]))
             if not self._file.read_pieces(wanted, int(offsets[start])):
@@ -85,17 +91,13 @@ class ShardFile:
 
         Raises DamagedShardError.
         """
-        index = self._entries(first_slot, slots)
+        wanted_slots = self._slots(first_slot, slots)
         start = first_row * self._array.row_bytes
         if self._array.compression is not Compression.none:
-            for number, entry in enumerate(index, layer):
+            for number, entry in enumerate(self._index[wanted_slots], layer):
                 target.put(self._decompressed(int(entry[0]), int(entry[1])), np.array([start]), number)
             return
-        offsets = index[:, 0].astype(np.int64) + start
-        if self._file.descriptor is not None and target.from_file:
-            if not target.read(self._file.descriptor, offsets, layer):
-                raise self._damaged("cut short")
-            return
+        offsets = self._offsets[wanted_slots] + start
         for first, last in _contiguous(offsets, target.source_bytes):
             length = (last - first) * target.source_bytes
             data = self._file.read(int(offsets[first]), length)
@@ -103,20 +105,28 @@ class ShardFile:
                 raise self._damaged("cut short")
             target.put(np.frombuffer(data, np.uint8), offsets[first:last] - offsets[first], layer + first)
 
-    def _entries(self, first_slot: int, slots: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """Of inner chunks in the index, which has them. Raises DamagedShardError."""
-        index = self._index[first_slot : first_slot + slots]
-        plain = self._array.compression is Compression.none
-        wrong = index[:, 1] != self._array.chunk_bytes if plain else index[:, 1] == NO_CHUNK
-        if len(index) < slots or np.any(wrong):
+    def planned(self, first_slot: int, slots: int, first_row: int, target: Scatter, layer: int) -> Block | None:
+        """What `scatter` does, to be done with more of it in one call; None where it must do it, as for a URL.
+
+        Raises DamagedShardError.
+        """
+        if self._file.descriptor is None or self._array.compression is not Compression.none:
+            return None
+        offsets = self._offsets[self._slots(first_slot, slots)] + first_row * self._array.row_bytes
+        return target.planned(self._file.descriptor, offsets, layer)
+
+    def _slots(self, first_slot: int, slots: int) -> slice:
+        """Where inner chunks are in the index, which has them. Raises DamagedShardError."""
+        wanted = slice(first_slot, first_slot + slots)
+        if wanted.stop > len(self._index) or (self._wrong is not None and self._wrong[wanted].any()):
             raise self._damaged("a chunk of committed rows is not in its index")
-        return index
+        return wanted
 
     def hint(self, first_slot: int, slots: int) -> None:
         """Asks the system to bring inner chunks into the page cache, unless the first one is there."""
-        index = self._index[first_slot : first_slot + slots]
-        if not len(index) or (index[0, 1] != NO_CHUNK and self._file.at_hand(int(index[0, 0]))):
+        if first_slot < len(self._offsets) and (first := self._offsets[first_slot]) >= 0 and self._file.at_hand(first):
             return
+        index = self._index[first_slot : first_slot + slots]
         index = index[index[:, 1] != NO_CHUNK]
         if len(index):
             start, stop = int(index[:, 0].min()), int(index.sum(1, dtype=np.uint64).max())

@@ -21,7 +21,7 @@ from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
 from activation_store.files import LocalFile
 from activation_store.layout import StoreLayout
-from activation_store.scatter import Scatter
+from activation_store.scatter import Block, Scatter
 from activation_store.shuffle import ShuffledBatches
 from tests.store.making import manifest, random_rows, write_store
 
@@ -72,6 +72,13 @@ class Case:
         return Scatter(self.array, self.runs, list(batches), self.decoded, self.scales), memory
 
 
+def planned(target: Scatter, descriptor: int, offsets: np.ndarray, layer: int) -> Block:
+    """Where something can be compiled."""
+    block = target.planned(descriptor, offsets, layer)
+    assert block is not None
+    return block
+
+
 def same_numbers(a: np.ndarray, b: np.ndarray, *, decoded: bool) -> bool:
     """Bit for bit; but of a NaN, which torch and the processor may each write in their own way."""
     if not decoded:
@@ -105,7 +112,7 @@ def test_compiled_and_plain_give_the_same_bits(
         file.write(data)
         file.flush()
         with patch.object(scatter, "_PIECE_BYTES", piece):
-            assert by_file.read(file.fileno(), offsets, layer)
+            assert scatter.read_all([planned(by_file, file.fileno(), offsets, layer)])
     assert (guard[asked:] == UNTOUCHED).all()
     assert same_numbers(from_memory, expected, decoded=decoded)
     assert same_numbers(from_file, expected, decoded=decoded)
@@ -122,11 +129,11 @@ def test_a_file_that_ends_and_one_that_cannot_be_read(tmp_path: Path) -> None:
     target, _ = case.filled(0)
     offsets = np.array([0, case.stored[0].nbytes])
     file = LocalFile(tmp_path / "file")
-    assert not target.read(file.descriptor, offsets, 0)
-    assert target.read(file.descriptor, offsets[:1], 0)
+    assert not scatter.read_all([planned(target, file.descriptor, offsets, 0)])
+    assert scatter.read_all([planned(target, file.descriptor, offsets[:1], 0)])
     folder = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(OSError, match="directory") as raised:
-        target.read(folder, offsets, 0)
+        scatter.read_all([planned(target, folder, offsets, 0)])
     assert raised.value.errno == errno.EISDIR
     os.close(folder)
 
@@ -204,21 +211,55 @@ def test_a_signal_in_the_middle_of_reading_is_no_failure(tmp_path: Path) -> None
     (tmp_path / "file").write_bytes(case.stored.tobytes())
     file, offsets = LocalFile(tmp_path / "file"), np.array([0])
     quiet, expected = case.filled(0)
-    assert quiet.read(file.descriptor, offsets, 0)
+    assert scatter.read_all([planned(quiet, file.descriptor, offsets, 0)])
     target, found = case.filled(0)
-    real, calls = Scatter._call, []
+    real, calls = scatter._run, []
 
-    def interrupted(self: Scatter, *arguments: object) -> int:
+    def interrupted(blocks: list[Block]) -> int:
         calls.append(1)
         if len(calls) == 1:
             ctypes.set_errno(errno.EINTR)
             return -2
-        return real(self, *arguments)
+        return real(blocks)
 
-    with patch.object(Scatter, "_call", interrupted):
-        assert target.read(file.descriptor, offsets, 0)
+    with patch.object(scatter, "_run", interrupted):
+        assert scatter.read_all([planned(target, file.descriptor, offsets, 0)])
     assert len(calls) == 2
     np.testing.assert_array_equal(found, expected)
+
+
+def test_many_blocks_in_one_call_stop_at_a_file_that_ends(tmp_path: Path) -> None:
+    cases = [Case(StoreDtype.float16, width=9, rows=6, layers=2, decoded=True, seed=seed) for seed in range(3)]
+    blocks, found, expected = [], [], []
+    files = [
+        LocalFile(tmp_path / f"{i}") for i, case in enumerate(cases) if (tmp_path / f"{i}").write_bytes(case.stored)
+    ]
+    for case, file in zip(cases, files, strict=True):
+        offsets = np.array([0, case.stored[0].nbytes])
+        (one, alone), (target, memory) = case.filled(0), case.filled(0)
+        assert scatter.read_all([planned(one, file.descriptor, offsets, 0)])
+        blocks.append(planned(target, file.descriptor, offsets, 0))
+        found.append(memory)
+        expected.append(alone)
+    os.truncate(tmp_path / "1", 10)
+    assert not scatter.read_all(blocks)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert (found[2] == UNTOUCHED).all()
+    (tmp_path / "1").write_bytes(cases[1].stored)
+    assert scatter.read_all(blocks)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_file_among_many_that_are_read_at_once_is_named(tmp_path: Path) -> None:
+    """One call reads parts of several shards; they are read one by one when it fails."""
+    begun = manifest(chunk_rows=8, shard_rows=16)
+    store = write_store(tmp_path, begun, [random_rows(256, begun, 0)], pieces=256)
+    with ShuffledBatches(store, batch_size_tokens=64, pool_rows=128, prefetch_bytes=0, decoded=False) as batches:
+        next(batches)
+        os.truncate(tmp_path / "mlp_in" / "c" / "7" / "0" / "0", 100)
+        with pytest.raises(UserError, match=r"shard .*mlp_in/c/7/0/0 is damaged \(cut short\)"):
+            list(islice(batches, 40))
 
 
 def test_the_reader_compiles_before_its_threads_ask_for_it(tmp_path: Path) -> None:
