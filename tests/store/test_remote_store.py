@@ -26,9 +26,19 @@ from launch.main import main
 from tests.job import Job
 from tests.store.harvesting import Configs
 from tests.store.making import manifest, random_rows, write_store
-from tests.store.s3 import BUCKET, Proxy, proxy_to
+from tests.store.s3 import BUCKET, Proxy
 from tests.store.test_harvest import changed, configs, folder
-from tests.store.test_object_storage import QUICK, Cloud, azurite, cloud, credentials, endpoint, proxy, storage
+from tests.store.test_object_storage import (
+    QUICK,
+    Cloud,
+    address,
+    azurite,
+    cloud,
+    credentials,
+    endpoint,
+    proxy,
+    storage,
+)
 from trainer.metrics import read_metrics
 
 __all__ = ["azurite", "cloud", "configs", "credentials", "endpoint", "folder", "proxy"]
@@ -167,38 +177,33 @@ def test_info_of_a_url(
 
 
 def test_the_commands_take_urls(
-    job: Job, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Job, cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """harvest, train and every verb of `store`, on a server that fails one request in twenty."""
     monkeypatch.chdir(tmp_path)
-    url, draws = f"s3://{BUCKET}/commands", np.random.default_rng(7).random(100_000)
-    with proxy_to(endpoint) as proxy:
-        proxy.fault = lambda method, number: ("503", "drop", "lose")[number % 3] if draws[number] < 0.05 else ""
-        reach = [
-            f"store.remote_options={{endpoint: '{proxy.endpoint}'}}",
-            f"store.remote_cache_dir={tmp_path / 'cache'}",
-        ]
-        words = [*job.words_with(store__path=url), *reach]
-        assert main(["harvest", *words]) == 0
-        assert main(["train", *words]) == 0
-        # To the last bit what the folder gave.
-        ours, theirs = (list(read_metrics(folder / "run/metrics.jsonl")) for folder in (tmp_path, job.folder))
-        assert [record.get("loss") for record in ours] == [record.get("loss") for record in theirs]
-        assert ours[-1]["eval"] == theirs[-1]["eval"]
-        assert main(["store", "verify", url, *reach]) == 0
-        storage(endpoint, "commands").delete("mlp_out/c/0/0/0")
-        capsys.readouterr()
-        assert main(["store", "verify", url, *reach]) == 1
-        assert f"damaged: {url}/mlp_out/c/0/0/0: missing" in capsys.readouterr().out
-        assert main(["store", "repair", url, *reach, "device=cpu"]) == 0
-        assert "1 window harvested again, all as they were" in capsys.readouterr().out
-        assert main(["store", "merge", url, str(job.folder / "store"), f"output={url}_merged", *reach]) == 0
-        assert main(["store", "info", f"{url}_merged", *reach]) == 0
-        assert "2 sources, merged" in capsys.readouterr().out
-        assert main(["store", "verify", f"{url}_merged", *reach]) == 0
-        for made in (url, f"{url}_merged"):
-            assert main(["store", "remove", made, "confirm=true", *reach]) == 0
-    assert proxy.faults > 5
-    assert not list(storage(endpoint, "commands").list_all("")) + list(
-        storage(endpoint, "commands_merged").list_all("")
-    )
+    url, draws = f"{cloud.scheme}://{BUCKET}/{cloud.scheme}/commands", np.random.default_rng(7).random(100_000)
+    cloud.proxy.fault = lambda method, number: ("503", "drop", "lose")[number % 3] if draws[number] < 0.05 else ""
+    ((option, server),) = address(cloud.scheme, cloud.proxy.endpoint).items()
+    reach = [f"store.remote_options={{{option}: '{server}'}}", f"store.remote_cache_dir={tmp_path / 'cache'}"]
+    words = [*job.words_with(store__path=url), *reach]
+    assert main(["harvest", *words]) == 0
+    assert main(["train", *words]) == 0
+    # To the last bit what the folder gave.
+    ours, theirs = (list(read_metrics(folder / "run/metrics.jsonl")) for folder in (tmp_path, job.folder))
+    assert [record.get("loss") for record in ours] == [record.get("loss") for record in theirs]
+    assert ours[-1]["eval"] == theirs[-1]["eval"]
+    assert main(["store", "verify", url, *reach]) == 0
+    cloud.at("commands").delete("mlp_out/c/0/0/0")
+    capsys.readouterr()
+    assert main(["store", "verify", url, *reach]) == 1
+    assert f"damaged: {url}/mlp_out/c/0/0/0: missing" in capsys.readouterr().out
+    assert main(["store", "repair", url, *reach, "device=cpu"]) == 0
+    assert "1 window harvested again, all as they were" in capsys.readouterr().out
+    assert main(["store", "merge", url, str(job.folder / "store"), f"output={url}_merged", *reach]) == 0
+    assert main(["store", "info", f"{url}_merged", *reach]) == 0
+    assert "2 sources, merged" in capsys.readouterr().out
+    assert main(["store", "verify", f"{url}_merged", *reach]) == 0
+    for made in (url, f"{url}_merged"):
+        assert main(["store", "remove", made, "confirm=true", *reach]) == 0
+    assert cloud.proxy.faults > 5
+    assert not list(cloud.at("commands").list_all("")) + list(cloud.at("commands_merged").list_all(""))
