@@ -68,6 +68,12 @@ def serial(tiny_store: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> R
 
 
 @pytest.fixture(scope="module")
+def measured(serial: RunConfig) -> Path:
+    """The run of one process, evaluated and published."""
+    return measure(Path(serial.run))
+
+
+@pytest.fixture(scope="module")
 def runs(
     tiny_store: RunConfig, two_ranks: Processes, serial: RunConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
@@ -86,29 +92,60 @@ def runs(
 def test_what_one_engine_begins_another_ends_as_one_process(
     runs: dict[str, Path], serial: RunConfig, name: str
 ) -> None:
-    wanted, found = records(serial.run), records(runs[name])
+    check_trained(runs[name], Path(serial.run))
+
+
+def test_it_is_measured_and_published_as_one_process(runs: dict[str, Path], measured: Path) -> None:
+    check_measured(measure(runs["fsdp to zero 3"]), measured)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mesh", [(2, 1), (4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_of_zero_trains_and_is_measured_and_published_as_one_process(
+    tiny_store: RunConfig,
+    two_ranks: Processes,
+    four_ranks: Processes,
+    measured: Path,
+    tmp_path: Path,
+    stage: int,
+    mesh: tuple[int, int],
+) -> None:
+    words = {**_RUN, "parallel.data": mesh[0], "parallel.feature": mesh[1], **zero(stage)}
+    config = tiny_run(tiny_store, tmp_path / "run", words)
+    (two_ranks if mesh == (2, 1) else four_ranks).run(train, config)
+    check_trained(Path(config.run), measured)
+    check_measured(measure(Path(config.run)), measured)
+
+
+def check_trained(run: Path, serial: Path) -> None:
+    """Every line of the metrics and the last checkpoint."""
+    wanted, found = records(serial), records(run)
     assert [line["step"] for line in wanted if "eval" in line] == [4, 8, 12]
     assert len(wanted) == 15
     for line, other in zip(wanted, found, strict=True):
-        assert_close(other, line, f"{name} step {line['step']}", rel=1e-4, absolute=1e-7)
-    tensors, expected = checkpoint_tensors(runs[name]), checkpoint_tensors(serial.run)
+        assert_close(other, line, f"{run} step {line['step']}", rel=1e-4, absolute=1e-7)
+    tensors, expected = checkpoint_tensors(run), checkpoint_tensors(serial)
     assert tensors.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert difference(tensors[key].double(), tensor.double()) <= ROUNDING, f"{name} {key}"
+        assert difference(tensors[key].double(), tensor.double()) <= ROUNDING, f"{run} {key}"
 
 
-def test_it_is_measured_and_published_as_one_process(
-    runs: dict[str, Path], serial: RunConfig, capfd: pytest.CaptureFixture[str]
-) -> None:
-    ended = [Path(serial.run), runs["fsdp to zero 3"]]
-    for run in ended:
-        assert main(["evaluate", f"run={run}", "eval.documents=4", "launch.threads=1"]) == 0
-        assert main(["publish", f"run={run}", f"output={run}-published", "launch.threads=1"]) == 0
-    capfd.readouterr()
-    theirs, ours = (json.loads((run / "evaluation.json").read_text()) for run in ended)
+def measure(run: Path) -> Path:
+    """Evaluates the run and publishes it into `published`, by the commands."""
+    assert main(["evaluate", f"run={run}", "eval.documents=4", "launch.threads=1"]) == 0
+    assert main(["publish", f"run={run}", f"output={run}/published", "launch.threads=1"]) == 0
+    return run
+
+
+def check_measured(run: Path, serial: Path) -> None:
+    """Figures and published weights."""
+    theirs, ours = (json.loads((folder / "evaluation.json").read_text()) for folder in (serial, run))
     for key in ("fvu", "fvu_per_layer", "l0", "l0_per_layer", "training_rule", "replacement"):
         assert_close(ours[key], theirs[key], key, rel=1e-4, absolute=1e-7)
-    wanted, found = ({path.name: path for path in Path(f"{run}-published").glob("*.safetensors")} for run in ended)
+    wanted, found = (
+        {path.name: path for path in (folder / "published").glob("*.safetensors")} for folder in (serial, run)
+    )
     assert wanted
     assert wanted.keys() == found.keys()
     for name, path in wanted.items():
