@@ -3,8 +3,6 @@
 Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's stream (see `order`).
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -15,18 +13,19 @@ import numpy as np
 
 from activation_store.buffers import Buffers
 from activation_store.chunks import RowChunk
+from activation_store.config import Compression
 from activation_store.layout import ArrayLayout, StoreLayout
 from activation_store.order import LaneOrder, Pool, PoolPart
-from activation_store.places import Place
+from activation_store.places import Place, RemotePath
 from activation_store.scatter import Runs, Scatter, compiled, read_all
-from activation_store.shards import ShardFile
+from activation_store.shards import OpenShards, ShardFile
 from activation_store.statistics import BoolRows
 
 IntRows = np.ndarray[Any, np.dtype[np.int64]]
-# Parts of pools that a thread reads at a time.
-_MOST_AT_A_TIME = 8
-# Shards that are kept open.
-_OPEN_SHARDS = 128
+# A part of a file, and what of it goes where: what `ShardFile.scatter` and `planned` take.
+_Part = tuple[ShardFile, tuple[int, int, int, Scatter, int]]
+# Parts of pools that a thread reads at a time, and their bytes: it cannot be stopped between them.
+_MOST_AT_A_TIME, _BYTES_AT_A_TIME = 8, 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +110,37 @@ class Assembler:
         self._batches: dict[int, StoredBatch] = {}
         # What is being read, by the first place of its pools.
         self._pending: list[tuple[int, Future[None]]] = []
-        self._shards = _OpenShards(store)
+        self._shards = OpenShards(store.path)
         self._groups = [
             [store.layout.activations(name), *([scale] if (scale := store.layout.scale(name)) else [])]
             for name in ("mlp_in", "mlp_out")
         ]
         # Before threads ask for it.
         self._used = store.used
+        self._at_a_time = self._parts_at_a_time(store)
+
+    def _parts_at_a_time(self, store: ReadableStore) -> int:
+        """Several where one call reads them: a thread holds the interpreter between calls, and others wait for it."""
+        layout = store.layout
+        if isinstance(store.path, RemotePath) or layout.compression is not Compression.none:
+            return 1
+        part_bytes = layout.chunk_rows * layout.row_bytes * len(self._columns) // layout.n_layers
+        return max(1, min(_MOST_AT_A_TIME, _BYTES_AT_A_TIME // part_bytes))
 
     def schedule(self, last: int) -> None:
-        """Begins to read all that the batches up to `last` need, if it was not begun before."""
+        """Begins to read all that the batches up to `last` need, if it was not begun before.
+
+        After an error of this or of `take`, batches are not whole: the assembler is of no more use.
+        """
         begun: list[tuple[int, _Target]] = []
         for lane in self._lanes:
             while lane.next_t < (last + 1) * self._each:
                 pool = self._order.pool_at(lane.number, lane.next_t)
                 begun.extend((pool.start, target) for target in self._targets(lane.number, pool))
                 lane.next_t = pool.stop
-        # Evenly to the threads, several at a time: a thread holds the interpreter between them, and others wait for it.
         begun.sort(key=itemgetter(0))
-        tasks = max(min(len(begun), self._threads), -(-len(begun) // _MOST_AT_A_TIME))
+        # Equally many for each thread.
+        tasks = min(len(begun), self._threads * -(-len(begun) // (self._threads * self._at_a_time)))
         for task in range(tasks):
             some = begun[len(begun) * task // tasks : len(begun) * (task + 1) // tasks]
             future = self._executor.submit(self._read, [target for _, target in some])
@@ -195,46 +206,41 @@ class Assembler:
                     file.hint(place.row_chunk * array.chunks_abreast + self._columns[start], stop - start)
 
     def _read(self, targets: Sequence["_Target"]) -> None:
-        """Reads parts of pools: files in one call, if it can be planned."""
-        parts = [part for target in targets for part in self._parts(target)]
-        blocks = [file.planned(*where) for file, where in parts]
-        planned = [block for block in blocks if block is not None]
-        if len(planned) == len(blocks) and read_all(planned):
-            return
-        # One by one: a file that ends too early is known then.
-        for file, where in parts:
-            file.scatter(*where)
+        """Reads parts of pools: of files on disk, all scales in one call, then all values in another."""
+        scales: list[_Part] = []
+        values: list[_Part] = []
+        for target in targets:
+            self._add_parts(target, scales, values)
+        for parts in (scales, values):
+            planned = [block for file, where in parts if (block := file.planned(*where)) is not None]
+            if parts and len(planned) == len(parts) and read_all(planned):
+                continue
+            # One by one: a file that ends too early is known then.
+            for file, where in parts:
+                file.scatter(*where)
 
-    def _parts(self, target: "_Target") -> Iterator[tuple[ShardFile, tuple[int, int, int, Scatter, int]]]:
-        """Of a part of a pool: files, and what of each one goes where."""
+    def _add_parts(self, target: "_Target", scales: list[_Part], values: list[_Part]) -> None:
+        """Adds those of a part of a pool; scales that decode the values on the way."""
         chunk = self._store.chunks[target.part.chunk]
         used = np.flatnonzero(self._used.mask(target.part.chunk, chunk.rows))
         inside = used[target.part.start : target.part.stop]
         if target.mine is not None:
             inside = inside[target.mine]
-        first_row = int(inside[0])
+        first_row, rows = int(inside[0]), int(inside[-1] - inside[0]) + 1
         runs = target.runs(inside)
         target.name_rows(chunk.first_row + first_row, runs)
         for group in self._groups:
-            with_scales = self._decoded is not None and len(group) > 1
-            scales = self._scales(group[1], chunk, inside) if with_scales else None
+            scales_LR = None
+            if self._decoded is not None and len(group) > 1:
+                scales_LR = np.empty((len(self._columns), rows), dtype=np.float32)
+                whole = Scatter(group[1], np.array([[0, rows, 0, 0]]), [scales_LR])
+                scales.extend(self._of_layers(group[1], chunk, first_row, whole))
             for array in group[:1] if self._decoded is not None else group:
                 columns = [batch.columns[array.name] for batch in target.batches]
-                scatter = Scatter(array, runs, columns, self._decoded, scales)
-                yield from self._of_layers(array, chunk, first_row, scatter)
+                scatter = Scatter(array, runs, columns, self._decoded, scales_LR)
+                values.extend(self._of_layers(array, chunk, first_row, scatter))
 
-    def _scales(self, array: ArrayLayout, chunk: RowChunk, inside: IntRows) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Of the chunk's rows from inside[0] to inside[-1], of each layer."""
-        rows = int(inside[-1] - inside[0]) + 1
-        scales = np.empty((len(self._columns), rows), dtype=np.float32)
-        target = Scatter(array, np.array([[0, rows, 0, 0]]), [scales])
-        for file, where in self._of_layers(array, chunk, int(inside[0]), target):
-            file.scatter(*where)
-        return scales
-
-    def _of_layers(
-        self, array: ArrayLayout, chunk: RowChunk, first_row: int, target: Scatter
-    ) -> Iterator[tuple[ShardFile, tuple[int, int, int, Scatter, int]]]:
+    def _of_layers(self, array: ArrayLayout, chunk: RowChunk, first_row: int, target: Scatter) -> Iterator[_Part]:
         file = self._shards.get(array, chunk.shard)
         base = chunk.row_chunk * array.chunks_abreast
         for start, stop in self._column_runs:
@@ -273,34 +279,6 @@ class _Target:
         runs[:, 2] = batches[starts]
         runs[:, 3] = self.first_slot + places[starts]
         return runs
-
-
-class _OpenShards:
-    """The shards that were read last, open."""
-
-    def __init__(self, store: ReadableStore) -> None:
-        self._store, self._lock = store, threading.Lock()
-        self._files: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
-
-    def get(self, array: ArrayLayout, shard: int) -> ShardFile:
-        """Opens a shard, or gives the open one. Raises DamagedShardError."""
-        key = (array.name, shard)
-        with self._lock:
-            if key in self._files:
-                self._files.move_to_end(key)
-                return self._files[key]
-        file = ShardFile(self._store.path, array, shard)
-        with self._lock:
-            self._files[key] = file
-            while len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)
-        return file
-
-    def forget(self, shard: int) -> None:
-        """Closes those before `shard`, once nobody reads from them."""
-        with self._lock:
-            for key in [key for key in self._files if key[1] < shard]:
-                del self._files[key]
 
 
 def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:

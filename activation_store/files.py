@@ -80,6 +80,9 @@ class LocalFile:
         return bool(_peek(self.descriptor, _PEEK_ADDRESS, 1, offset, _NO_WAIT) == 1)
 
     def hint(self, offset: int, length: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            # macOS.
+            return
         for start in range(offset, offset + length, _HINT_BYTES):
             size = min(_HINT_BYTES, offset + length - start)
             os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_WILLNEED)

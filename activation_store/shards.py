@@ -6,6 +6,8 @@ activation_store.shard_writer writes, and this reads what zarr writes (property 
 that is there already, each row where it is wanted.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +26,8 @@ from activation_store.scatter import Block, Scatter
 
 NO_CHUNK = 2**64 - 1
 _CRC_BYTES = 4
+# Shards that are kept open.
+_OPEN_SHARDS = 128
 _Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -164,6 +168,34 @@ class ShardFile:
 
     def _damaged(self, reason: str) -> DamagedShardError:
         return DamagedShardError(self._root, self._key, reason)
+
+
+class OpenShards:
+    """The shards below `root` that were read last, open."""
+
+    def __init__(self, root: Place) -> None:
+        self._root, self._lock = root, threading.Lock()
+        self._files: OrderedDict[tuple[str, int], ShardFile] = OrderedDict()
+
+    def get(self, array: ArrayLayout, shard: int) -> ShardFile:
+        """Opens a shard, or gives the open one. Raises DamagedShardError."""
+        key = (array.name, shard)
+        with self._lock:
+            if key in self._files:
+                self._files.move_to_end(key)
+                return self._files[key]
+        file = ShardFile(self._root, array, shard)
+        with self._lock:
+            self._files[key] = file
+            while len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
+        return file
+
+    def forget(self, shard: int) -> None:
+        """Closes those before `shard`, once nobody reads from them."""
+        with self._lock:
+            for key in [key for key in self._files if key[1] < shard]:
+                del self._files[key]
 
 
 # Bytes of Blosc's header; bytes 4 to 8 of it are the size when decompressed.

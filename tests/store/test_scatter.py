@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_store import scatter
+from activation_store import files, scatter
 from activation_store.codec import has_scale
 from activation_store.config import Compression, StoreDtype
 from activation_store.errors import UserError
@@ -191,6 +191,22 @@ def test_hints_are_no_longer_than_the_system_reads_for_one(tmp_path: Path) -> No
     assert not file.at_hand(2_000_000)
 
 
+def test_a_system_without_hints_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As macOS."""
+    begun = manifest(chunk_rows=8, shard_rows=16)
+    store = write_store(tmp_path, begun, [random_rows(32, begun, 0)], pieces=32)
+
+    def rows() -> list[int]:
+        with ShuffledBatches(store, batch_size_tokens=16, pool_rows=16) as batches:
+            return [row for batch in islice(batches, 3) for row in batch.rows.tolist()]
+
+    expected = rows()
+    monkeypatch.setattr(files, "_peek", None)
+    monkeypatch.setattr(files, "_NO_WAIT", 0)
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert rows() == expected
+
+
 @pytest.mark.parametrize("dtype", [StoreDtype.float16, StoreDtype.bfloat16, None])
 def test_nothing_is_compiled_where_the_processor_does_not_convert_half(dtype: StoreDtype | None) -> None:
     """One function serves all dtypes."""
@@ -231,10 +247,10 @@ def test_a_signal_in_the_middle_of_reading_is_no_failure(tmp_path: Path) -> None
 def test_many_blocks_in_one_call_stop_at_a_file_that_ends(tmp_path: Path) -> None:
     cases = [Case(StoreDtype.float16, width=9, rows=6, layers=2, decoded=True, seed=seed) for seed in range(3)]
     blocks, found, expected = [], [], []
-    files = [
-        LocalFile(tmp_path / f"{i}") for i, case in enumerate(cases) if (tmp_path / f"{i}").write_bytes(case.stored)
-    ]
-    for case, file in zip(cases, files, strict=True):
+    for i, case in enumerate(cases):
+        (tmp_path / f"{i}").write_bytes(case.stored)
+    opened = [LocalFile(tmp_path / f"{i}") for i in range(3)]
+    for case, file in zip(cases, opened, strict=True):
         offsets = np.array([0, case.stored[0].nbytes])
         (one, alone), (target, memory) = case.filled(0), case.filled(0)
         assert scatter.read_all([planned(one, file.descriptor, offsets, 0)])
