@@ -17,7 +17,7 @@ from activation_store.config import Compression
 from activation_store.layout import ArrayLayout, StoreLayout
 from activation_store.order import LaneOrder, Pool, PoolPart
 from activation_store.places import Place, RemotePath
-from activation_store.scatter import Runs, Scatter, compiled, read_all
+from activation_store.scatter import Plan, Runs, Scatter, compiled
 from activation_store.shards import OpenShards, ShardFile
 from activation_store.statistics import BoolRows
 
@@ -143,7 +143,11 @@ class Assembler:
         tasks = min(len(begun), self._threads * -(-len(begun) // (self._threads * self._at_a_time)))
         for task in range(tasks):
             some = begun[len(begun) * task // tasks : len(begun) * (task + 1) // tasks]
-            future = self._executor.submit(self._read, [target for _, target in some])
+            scales: list[_Part] = []
+            values: list[_Part] = []
+            for _, target in some:
+                self._add_parts(target, scales, values)
+            future = self._executor.submit(_read, [(parts, _plan(parts)) for parts in (scales, values) if parts])
             self._pending.append((some[0][0], future))
 
     def take(self, number: int) -> StoredBatch:
@@ -205,20 +209,6 @@ class Assembler:
                 for start, stop in self._column_runs:
                     file.hint(place.row_chunk * array.chunks_abreast + self._columns[start], stop - start)
 
-    def _read(self, targets: Sequence["_Target"]) -> None:
-        """Reads parts of pools: of files on disk, all scales in one call, then all values in another."""
-        scales: list[_Part] = []
-        values: list[_Part] = []
-        for target in targets:
-            self._add_parts(target, scales, values)
-        for parts in (scales, values):
-            planned = [block for file, where in parts if (block := file.planned(*where)) is not None]
-            if parts and len(planned) == len(parts) and read_all(planned):
-                continue
-            # One by one: a file that ends too early is known then.
-            for file, where in parts:
-                file.scatter(*where)
-
     def _add_parts(self, target: "_Target", scales: list[_Part], values: list[_Part]) -> None:
         """Adds those of a part of a pool; scales that decode the values on the way."""
         chunk = self._store.chunks[target.part.chunk]
@@ -279,6 +269,23 @@ class _Target:
         runs[:, 2] = batches[starts]
         runs[:, 3] = self.first_slot + places[starts]
         return runs
+
+
+def _plan(parts: Sequence[_Part]) -> Plan | None:
+    """Of files on disk: one call for all parts."""
+    blocks = [block for file, where in parts if (block := file.planned(*where)) is not None]
+    return Plan.of(blocks) if len(blocks) == len(parts) else None
+
+
+def _read(groups: Sequence[tuple[Sequence[_Part], Plan | None]]) -> None:
+    """A thread's task: scales, if any, before the values that they decode. All else was done before: two threads that
+    read would wait for each other's Python.
+    """
+    for parts, plan in groups:
+        if plan is None or not plan.read():
+            # One by one: a file that ends too early is known then.
+            for file, where in parts:
+                file.scatter(*where)
 
 
 def _runs(columns: Sequence[int]) -> list[tuple[int, int]]:

@@ -56,19 +56,18 @@ class Scatter:
     def planned(self, descriptor: int, offsets: Offsets, layer: int) -> "Block | None":
         """How to read layers `layer`, `layer + 1`, ... from a file, where each one's R rows begin at its offset.
 
-        For `read_all` in this thread; None where nothing can be compiled. Takes no memory but one piece.
+        For a Plan; None where nothing can be compiled.
         """
         if (native := compiled(self.decoded)) is None:
             return None
-        memory = _piece(max(_PIECE_BYTES, self.array.row_bytes))
-        pieces = -(-self.rows // (len(memory) // self.array.row_bytes))
+        pieces = -(-self.rows // max(1, _PIECE_BYTES // self.array.row_bytes))
         # Of about the same size.
-        return self._block(native, descriptor, memory, -(-self.rows // pieces), offsets, layer)
+        return self._block(native, descriptor, None, -(-self.rows // pieces), offsets, layer)
 
     def put(self, data: Bytes, offsets: Offsets, layer: int) -> None:
         """Layers `layer`, `layer + 1`, ... from memory that holds each one's R rows from its offset on."""
         if (native := compiled(self.decoded)) is not None:
-            _run([self._block(native, -1, data, 0, offsets, layer)])
+            Plan.of([self._block(native, -1, data, 0, offsets, layer)]).run()
             return
         for number, offset in enumerate(offsets.tolist(), layer):
             # A copy: bytes are not writable, as torch wants them, and may lie at any address.
@@ -83,7 +82,7 @@ class Scatter:
             self.columns[batch][layer, slot : slot + rows] = values_RD[first : first + rows]
 
     def _block(
-        self, native: ModuleType, descriptor: int, source: Bytes, piece_rows: int, offsets: Offsets, layer: int
+        self, native: ModuleType, descriptor: int, source: Bytes | None, piece_rows: int, offsets: Offsets, layer: int
     ) -> "Block":
         columns, array = self.columns, self.array
         stride, out_bytes = columns[0].strides[:2]
@@ -92,38 +91,56 @@ class Scatter:
         runs[:, :2] = self.runs[:, :2]
         runs[:, 2] = bases[self.runs[:, 2]] + self.runs[:, 3] * out_bytes + layer * stride
         scales = 0 if self.scales is None else _address(self.scales[layer:])
+        # Of a file, the piece of the thread that will read it.
+        address = 0 if source is None else _address(source)
         # In the order of scatter_compiled's DESCRIPTOR, SOURCE, ...
         numbers = [
-            descriptor, _address(source), piece_rows, len(offsets), _address(offsets), len(runs), _address(runs),
+            descriptor, address, piece_rows, len(offsets), _address(offsets), len(runs), _address(runs),
             stride, array.row_bytes // array.dtype.itemsize, array.row_bytes, out_bytes,
             native.Form[(self.decoded or StoreDtype.float32).value], scales, self.rows,
         ]  # fmt: skip
-        return Block(native, numbers, (self, source, offsets, runs))
+        return Block(native, numbers, piece_rows * array.row_bytes, (self, source, offsets, runs))
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Numbers for the compiled function, and the memory that they are the addresses of."""
+    """Numbers for the compiled function, bytes of a piece of a file, and the memory that numbers are addresses of."""
 
     native: ModuleType
     numbers: list[int]
+    piece_bytes: int
     memory: tuple[Any, ...]
 
 
-def read_all(blocks: Sequence[Block]) -> bool:
-    """Does what was planned in this thread, with one call. False if a file ends before. Raises OSError."""
-    while (result := _run(blocks)) < -1:
-        # A signal on a network's file system: all is read again, to the same places.
-        if (error := ctypes.get_errno()) != errno.EINTR:
-            raise OSError(error, os.strerror(error))
-    return result == 0
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one call of the compiled function does, in any thread. Takes no memory but one piece for each thread."""
 
+    blocks: Sequence[Block]
+    table: Offsets
+    piece_bytes: int
 
-def _run(blocks: Sequence[Block]) -> int:
-    table = np.array([block.numbers for block in blocks], dtype=np.int64)
-    head = np.array([len(blocks), _address(table)], dtype=np.int64)
-    function: Callable[[int], int] = blocks[0].native.scatter()
-    return function(_address(head))
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> "Plan":
+        """Of one block or more."""
+        table = np.array([block.numbers for block in blocks], dtype=np.int64)
+        return cls(blocks, table, max(block.piece_bytes for block in blocks))
+
+    def read(self) -> bool:
+        """Of files. False if one ends before. Raises OSError."""
+        memory = _piece(max(_PIECE_BYTES, self.piece_bytes))
+        self.table[:, self.blocks[0].native.SOURCE] = _address(memory)
+        while (result := self.run()) < -1:
+            # A signal on a network's file system: all is read again, to the same places.
+            if (error := ctypes.get_errno()) != errno.EINTR:
+                raise OSError(error, os.strerror(error))
+        return result == 0
+
+    def run(self) -> int:
+        """What the compiled function returns."""
+        head = np.array([len(self.blocks), _address(self.table)], dtype=np.int64)
+        function: Callable[[int], int] = self.blocks[0].native.scatter()
+        return function(_address(head))
 
 
 def _address(array: np.ndarray[Any, Any]) -> int:

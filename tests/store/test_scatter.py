@@ -112,7 +112,7 @@ def test_compiled_and_plain_give_the_same_bits(
         file.write(data)
         file.flush()
         with patch.object(scatter, "_PIECE_BYTES", piece):
-            assert scatter.read_all([planned(by_file, file.fileno(), offsets, layer)])
+            assert scatter.Plan.of([planned(by_file, file.fileno(), offsets, layer)]).read()
     assert (guard[asked:] == UNTOUCHED).all()
     assert same_numbers(from_memory, expected, decoded=decoded)
     assert same_numbers(from_file, expected, decoded=decoded)
@@ -129,11 +129,11 @@ def test_a_file_that_ends_and_one_that_cannot_be_read(tmp_path: Path) -> None:
     target, _ = case.filled(0)
     offsets = np.array([0, case.stored[0].nbytes])
     file = LocalFile(tmp_path / "file")
-    assert not scatter.read_all([planned(target, file.descriptor, offsets, 0)])
-    assert scatter.read_all([planned(target, file.descriptor, offsets[:1], 0)])
+    assert not scatter.Plan.of([planned(target, file.descriptor, offsets, 0)]).read()
+    assert scatter.Plan.of([planned(target, file.descriptor, offsets[:1], 0)]).read()
     folder = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(OSError, match="directory") as raised:
-        scatter.read_all([planned(target, folder, offsets, 0)])
+        scatter.Plan.of([planned(target, folder, offsets, 0)]).read()
     assert raised.value.errno == errno.EISDIR
     os.close(folder)
 
@@ -227,19 +227,19 @@ def test_a_signal_in_the_middle_of_reading_is_no_failure(tmp_path: Path) -> None
     (tmp_path / "file").write_bytes(case.stored.tobytes())
     file, offsets = LocalFile(tmp_path / "file"), np.array([0])
     quiet, expected = case.filled(0)
-    assert scatter.read_all([planned(quiet, file.descriptor, offsets, 0)])
+    assert scatter.Plan.of([planned(quiet, file.descriptor, offsets, 0)]).read()
     target, found = case.filled(0)
-    real, calls = scatter._run, []
+    real, calls = scatter.Plan.run, []
 
-    def interrupted(blocks: list[Block]) -> int:
+    def interrupted(plan: scatter.Plan) -> int:
         calls.append(1)
         if len(calls) == 1:
             ctypes.set_errno(errno.EINTR)
             return -2
-        return real(blocks)
+        return real(plan)
 
-    with patch.object(scatter, "_run", interrupted):
-        assert scatter.read_all([planned(target, file.descriptor, offsets, 0)])
+    with patch.object(scatter.Plan, "run", interrupted):
+        assert scatter.Plan.of([planned(target, file.descriptor, offsets, 0)]).read()
     assert len(calls) == 2
     np.testing.assert_array_equal(found, expected)
 
@@ -253,16 +253,16 @@ def test_many_blocks_in_one_call_stop_at_a_file_that_ends(tmp_path: Path) -> Non
     for case, file in zip(cases, opened, strict=True):
         offsets = np.array([0, case.stored[0].nbytes])
         (one, alone), (target, memory) = case.filled(0), case.filled(0)
-        assert scatter.read_all([planned(one, file.descriptor, offsets, 0)])
+        assert scatter.Plan.of([planned(one, file.descriptor, offsets, 0)]).read()
         blocks.append(planned(target, file.descriptor, offsets, 0))
         found.append(memory)
         expected.append(alone)
     os.truncate(tmp_path / "1", 10)
-    assert not scatter.read_all(blocks)
+    assert not scatter.Plan.of(blocks).read()
     np.testing.assert_array_equal(found[0], expected[0])
     assert (found[2] == UNTOUCHED).all()
     (tmp_path / "1").write_bytes(cases[1].stored)
-    assert scatter.read_all(blocks)
+    assert scatter.Plan.of(blocks).read()
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
