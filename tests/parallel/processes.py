@@ -11,11 +11,13 @@ processes are killed, since the others may wait for ever in a collective, and th
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -158,8 +160,11 @@ def _serve(pipe: Connection, rank: int, size: int, environment: dict[str, str], 
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that Linux hands out: other tests' sockets would get one of these in
+    the seconds until rank 0 listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
