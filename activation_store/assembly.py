@@ -3,6 +3,7 @@
 Letters: B rows of a rank's batch, L layers that are read, D d_model, t place in a lane's stream (see `order`).
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -62,14 +63,6 @@ class ReadableStore(Protocol):
     def used(self) -> _Used: ...
 
 
-@dataclass(slots=True)
-class _Lane:
-    """What a lane has been asked for: up to place `next_t`."""
-
-    number: int
-    next_t: int
-
-
 class Assembler:
     """Batches `first`, `first + 1`, ... of a rank, in order. `schedule` and `take` are for one thread."""
 
@@ -106,10 +99,11 @@ class Assembler:
         self._first_slot = rank * self._share
         self._each = batch_rows // order.lanes
         first_lane, last_lane = self._first_slot // self._each, (self._first_slot + self._share - 1) // self._each
-        self._lanes = [_Lane(lane, first * self._each) for lane in range(first_lane, last_lane + 1)]
+        # Up to which place each lane was asked for.
+        self._next_t = dict.fromkeys(range(first_lane, last_lane + 1), first * self._each)
         self._batches: dict[int, StoredBatch] = {}
-        # What is being read, by the first place of its pools.
-        self._pending: list[tuple[int, Future[None]]] = []
+        # What is being read, in the order of the first place of its pools.
+        self._pending: deque[tuple[int, Future[None]]] = deque()
         self._shards = OpenShards(store.path)
         self._groups = [
             [store.layout.activations(name), *([scale] if (scale := store.layout.scale(name)) else [])]
@@ -133,11 +127,11 @@ class Assembler:
         After an error of this or of `take`, batches are not whole: the assembler is of no more use.
         """
         begun: list[tuple[int, _Target]] = []
-        for lane in self._lanes:
-            while lane.next_t < (last + 1) * self._each:
-                pool = self._order.pool_at(lane.number, lane.next_t)
-                begun.extend((pool.start, target) for target in self._targets(lane.number, pool))
-                lane.next_t = pool.stop
+        for lane in self._next_t:
+            while (t := self._next_t[lane]) < (last + 1) * self._each:
+                pool = self._order.pool_at(lane, t)
+                begun.extend((pool.start, target) for target in self._targets(lane, pool))
+                self._next_t[lane] = pool.stop
         begun.sort(key=itemgetter(0))
         # Equally many for each thread.
         tasks = min(len(begun), self._threads * -(-len(begun) // (self._threads * self._at_a_time)))
@@ -153,11 +147,9 @@ class Assembler:
     def take(self, number: int) -> StoredBatch:
         """Waits for a batch and hands it over. Raises what reading raised (DamagedShardError, OSError)."""
         self.schedule(number)
-        # Pools that reach into later batches are whole then.
-        needed = [future for start, future in self._pending if start < (number + 1) * self._each]
-        self._pending = [(start, future) for start, future in self._pending if start >= (number + 1) * self._each]
-        for future in needed:
-            future.result()
+        while self._pending and self._pending[0][0] < (number + 1) * self._each:
+            # A pool that reaches into later batches is whole then.
+            self._pending.popleft()[1].result()
         return self._batches.pop(number)
 
     def forget(self, shard: int) -> None:

@@ -79,7 +79,8 @@ class BackgroundBatches(Iterator[ActivationBatch], ABC):
         self._queue: queue.Queue[tuple[ActivationBatch, dict[str, Any]] | BaseException] = queue.Queue(self._ready)
         self._buffers = Buffers(pinned=self._copier is not None)
         self._outputs = Buffers()
-        self._executor = ThreadPoolExecutor(max(1, threads), thread_name_prefix="store-worker")
+        self._threads = max(1, threads)
+        self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="store-worker")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(start_batch,), name="store-reader", daemon=True)
 

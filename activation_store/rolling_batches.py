@@ -95,7 +95,7 @@ class RollingBatches(BackgroundBatches):
             self._groups,
             order,
             executor=self._executor,
-            threads=max(1, source.threads),
+            threads=self._threads,
             buffers=self._buffers,
             columns=range(sample.n_layers),
             batch_rows=batch_size_tokens,

@@ -75,7 +75,7 @@ class ShuffledBatches(BackgroundBatches):
             store,
             self.order,
             executor=self._executor,
-            threads=max(1, threads),
+            threads=self._threads,
             buffers=self._buffers,
             columns=columns,
             batch_rows=batch_size_tokens,

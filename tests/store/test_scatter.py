@@ -140,17 +140,24 @@ def test_a_file_that_ends_and_one_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoded", [True, False])
 @pytest.mark.parametrize("how", ["compiled", "plain"])
+@pytest.mark.parametrize(
+    ("shard_rows", "batch", "pool_rows", "key"),
+    [(256, 16, 16, "mlp_out/c/0/0/0"), (16, 64, 128, "mlp_in/c/7/0/0")],
+    ids=["one", "of many that are read at once"],
+)
 def test_a_shard_cut_short_after_it_was_opened(
-    tmp_path: Path, decoded: bool, how: str, request: pytest.FixtureRequest
-) -> None:
+    tmp_path: Path, decoded: bool, how: str, shard_rows: int, batch: int, pool_rows: int, key: str,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     if how == "plain":
         request.getfixturevalue("plain")
-    begun = manifest(chunk_rows=8, shard_rows=256)
+    begun = manifest(chunk_rows=8, shard_rows=shard_rows)
     store = write_store(tmp_path, begun, [random_rows(256, begun, 0)], pieces=256)
-    with ShuffledBatches(store, batch_size_tokens=16, pool_rows=16, prefetch_bytes=0, decoded=decoded) as batches:
+    options = {"batch_size_tokens": batch, "pool_rows": pool_rows, "prefetch_bytes": 0, "decoded": decoded}
+    with ShuffledBatches(store, **options) as batches:
         next(batches)
-        os.truncate(tmp_path / "mlp_out" / "c" / "0" / "0" / "0", 100)
-        with pytest.raises(UserError, match=r"mlp_out/c/0/0/0 is damaged \(cut short\); .* layerloom store verify"):
+        os.truncate(tmp_path / key, 100)
+        with pytest.raises(UserError, match=rf"{key} is damaged \(cut short\); .* layerloom store verify"):
             list(islice(batches, 40))
 
 
@@ -265,17 +272,6 @@ def test_many_blocks_in_one_call_stop_at_a_file_that_ends(tmp_path: Path) -> Non
     assert scatter.Plan.of(blocks).read()
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_a_damaged_file_among_many_that_are_read_at_once_is_named(tmp_path: Path) -> None:
-    """One call reads parts of several shards; they are read one by one when it fails."""
-    begun = manifest(chunk_rows=8, shard_rows=16)
-    store = write_store(tmp_path, begun, [random_rows(256, begun, 0)], pieces=256)
-    with ShuffledBatches(store, batch_size_tokens=64, pool_rows=128, prefetch_bytes=0, decoded=False) as batches:
-        next(batches)
-        os.truncate(tmp_path / "mlp_in" / "c" / "7" / "0" / "0", 100)
-        with pytest.raises(UserError, match=r"shard .*mlp_in/c/7/0/0 is damaged \(cut short\)"):
-            list(islice(batches, 40))
 
 
 def test_the_reader_compiles_before_its_threads_ask_for_it(tmp_path: Path) -> None:
