@@ -127,33 +127,32 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, ask: Callable[[bytes
         number = proxy.number
         proxy.at_once += 1
         proxy.most_at_once = max(proxy.most_at_once, proxy.at_once)
+    fault = ""
     try:
         time.sleep(proxy.delay)
         fault = "drop" if proxy.away() else proxy.fault(handler.command, number)
-        with proxy.lock:
-            proxy.faults += bool(fault)
-        if fault == "503":
-            handler.send_response(503)
-            handler.send_header("content-length", "0")
-            handler.end_headers()
-            return
-        if fault == "drop":
-            handler.close_connection = True
-            return
-        status, headers, data = ask(body)
-        if fault == "lose":
-            handler.close_connection = True
-            return
-        handler.send_response(status)
-        for name, value in headers:
-            handler.send_header(name, value)
-        handler.end_headers()
-        with proxy.lock:
-            proxy.answered.append((handler.command, handler.path, len(data)))
-        handler.wfile.write(data)
+        answer = None if fault in {"503", "drop"} else ask(body)
     finally:
         with proxy.lock:
+            proxy.faults += bool(fault)
+            # Before the client has its answer: it asks for more then.
             proxy.at_once -= 1
+    if fault == "503":
+        handler.send_response(503)
+        handler.send_header("content-length", "0")
+        handler.end_headers()
+        return
+    if answer is None or fault == "lose":
+        handler.close_connection = True
+        return
+    status, headers, data = answer
+    handler.send_response(status)
+    for name, value in headers:
+        handler.send_header(name, value)
+    handler.end_headers()
+    with proxy.lock:
+        proxy.answered.append((handler.command, handler.path, len(data)))
+    handler.wfile.write(data)
 
 
 def _ask(handler: BaseHTTPRequestHandler, endpoint: str, body: bytes) -> Answer:
