@@ -152,8 +152,11 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tens
     return gradient_squares(parameters, used_up).sqrt()
 
 
-def gradient_squares(parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = ()) -> Tensor:
-    """The sum of squares of all gradients, 0-dim float64. used_up: sums of those that are gone already.
+def gradient_squares(
+    parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = (), *, device: torch.device | None = None
+) -> Tensor:
+    """The sum of squares of all gradients, 0-dim float64. used_up: sums of those that are gone already; device: where
+    the zero of no gradients is to be.
 
     Rows of the last dim are summed in float32 and the rows in float64: one pass at full speed, and exact to about
     1e-7, where a float32 sum over a whole tensor of 10^7 entries is off by some 1e-3.
@@ -163,5 +166,4 @@ def gradient_squares(parameters: Mapping[str, nn.Parameter], used_up: Sequence[T
         for parameter in parameters.values()
         if parameter.grad is not None
     ] + list(used_up)
-    device = next((parameter.device for parameter in parameters.values()), None)
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)

@@ -61,6 +61,7 @@ def prepare(case: str, backend: str, device: torch.device) -> Callable[[], None]
     model, x, y = make_model(**SHAPE, **spec, dtype=torch.float32)
     model.backend = backend
     model.to(device)
+    x, y = x.to(device), y.to(device)
     if case == "relu sparse":
         for s, layer in enumerate(model.source_layers):
             set_density(layer, model.scale_input(s, x[:, s]), 0.99 * MOST_SPARSE)
@@ -69,7 +70,6 @@ def prepare(case: str, backend: str, device: torch.device) -> Callable[[], None]
     model.gradient_buffers.enabled = True
     config, _ = all_losses(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    x, y = x.to(device), y.to(device)
 
     def step(n_tokens: int) -> None:
         optimizer.zero_grad(set_to_none=True)

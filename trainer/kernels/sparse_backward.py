@@ -54,13 +54,16 @@ def value_gradients(
     """(N): grad[token] . row[feature] for every entry, without an (N, C) temporary."""
     if feature_ids_N.numel() == 0:
         return grad_BC.new_zeros(0)
-    rows_FC = rows_FC.to(compute_dtype)
-    if grad_BC.device.type == "cpu" and compute_dtype in {torch.float32, torch.float64}:
-        return _sampled_products(grad_BC.to(compute_dtype), rows_FC, offsets, feature_ids_N)
-    # What autograd of embedding_bag calls; sampled products exist neither in 16 bit nor on every device.
-    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_BC.to(compute_dtype), rows_FC, feature_ids_N, offsets[:-1], tokens_N, 0
-    )
+    grad, rows_FC = grad_BC.to(compute_dtype), rows_FC.to(compute_dtype)
+    if grad.device.type == "cpu" and compute_dtype in {torch.float32, torch.float64}:
+        return _sampled_products(grad, rows_FC, offsets, feature_ids_N)
+    if grad.device.type == "cuda" and compute_dtype == torch.bfloat16:
+        # The op below exists on CUDA for other dtypes only.
+        grad, rows_FC = grad.float(), rows_FC.float()
+    # What autograd of embedding_bag calls; sampled products exist neither in 16 bit nor on every device. On CUDA it
+    # reads integers as if they lay side by side.
+    codes = (feature_ids_N.contiguous(), offsets[:-1].contiguous(), tokens_N.contiguous())
+    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, rows_FC, *codes, 0)
     return dots_N.to(grad_BC.dtype)
 
 

@@ -26,7 +26,10 @@ def global_norm(
     """
     names = set(split)
     parts = [{name: p for name, p in parameters.items() if (name in names) is wanted} for wanted in (True, False)]
-    squares = torch.stack([gradient_squares(parts[0], used_up), gradient_squares(parts[1])])
+    device = next((p.device for p in parameters.values()), None)
+    squares = torch.stack(
+        [gradient_squares(parts[0], used_up, device=device), gradient_squares(parts[1], device=device)]
+    )
     if sharded:
         _sum(squares, mesh.data)
     _sum(squares[:1], mesh.feature)
