@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from trainer.config import OptimConfig, ParamDtype, StateDtype
+from trainer.kernels.dispatch import DenseAdam
 from trainer.kernels.fused_adam_rows import AdamHyper
 from trainer.model.runtime import FusedUpdates
 from trainer.table_adam import TableAdam
@@ -31,8 +32,17 @@ class NamedAdam:
     The fused kernel divides gradients by a given number as it reads them, so that clipping costs no pass of its own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, *, seed: int = 0) -> None:
-        """Turns W_enc and W_dec into what `config` wants them stored as. seed: of the stochastic rounding."""
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        *,
+        seed: int = 0,
+        dense_adam: DenseAdam | None = None,
+    ) -> None:
+        """Turns W_enc and W_dec into what `config` wants them stored as. seed: of the stochastic rounding; dense_adam:
+        what updates those of them that stay in float32, in place of torch's kernel.
+        """
         low = config.state_dtype is not StateDtype.fp32 or config.param_dtype is not ParamDtype.fp32
         self._tables = {
             name: TableAdam(name, parameter, config, seed=seed)
@@ -41,6 +51,7 @@ class NamedAdam:
         }
         self.parameters = {name: parameter for name, parameter in parameters.items() if name not in self._tables}
         self._fused_updates: FusedUpdates | None = None
+        self._dense_adam = dense_adam
         device = next(iter(self.parameters.values())).device
         self._fused = device.type in _FUSED_DEVICES
         # The kernel takes its divisor in float32.
@@ -69,6 +80,8 @@ class NamedAdam:
                 parameter.grad = torch.zeros_like(parameter)
         for table in self._tables.values():
             table.step(lr, divide_gradients_by=divide_gradients_by)
+        if self._dense_adam is not None:
+            self._update_tables(self._dense_adam, lr, divide_gradients_by)
         for group in self._adam.param_groups:
             group["lr"] = lr
         if divide_gradients_by == 1.0:
@@ -80,6 +93,29 @@ class NamedAdam:
                 if parameter.grad is not None:
                     parameter.grad.div_(divide_gradients_by)
             self._stepper.step()
+
+    @torch.no_grad()
+    def _update_tables(self, dense_adam: DenseAdam, lr: float, divisor: float) -> None:
+        """Updates the tables that have gradients, and takes these away: torch's Adam does the rest."""
+        hyper: AdamHyper | None = None
+        for name, parameter in self.parameters.items():
+            if not is_table(name) or parameter.grad is None or parameter.dtype != torch.float32:
+                continue
+            state = self._adam.state[parameter]
+            if not state:
+                self.tensors()
+            state["step"] += 1
+            if hyper is None:
+                # All have taken as many steps.
+                hyper = self._hyper(lr, float(state["step"]))
+            exp_avg, exp_avg_sq = (state[key] for key in _STATE_NAMES)
+            dense_adam(parameter.detach(), exp_avg, exp_avg_sq, parameter.grad, hyper, divisor)
+            parameter.grad = None
+
+    def _hyper(self, lr: float, step: float) -> AdamHyper:
+        group = self._adam.param_groups[0]
+        beta1, beta2 = group["betas"]
+        return AdamHyper(lr, beta1, beta2, group["eps"], 1 - beta1**step, 1 - beta2**step)
 
     def _step_scaled(self, divisor: float) -> None:
         device = next(iter(self.parameters.values())).device
@@ -103,9 +139,7 @@ class NamedAdam:
         """Before a backward pass whose gradients are to be used up at once."""
         assert self._fused_updates is not None
         state = self._adam.state[next(iter(self.parameters.values()))]
-        step, (beta1, beta2) = float(state["step"]) + 1, self._adam.param_groups[0]["betas"]
-        eps = self._adam.param_groups[0]["eps"]
-        self._fused_updates.begin(AdamHyper(lr, beta1, beta2, eps, 1 - beta1**step, 1 - beta2**step))
+        self._fused_updates.begin(self._hyper(lr, float(state["step"]) + 1))
 
     def zero_grad(self) -> None:
         """Drops all gradients; large buffers are kept by the model's runtime (`GradientBuffers`)."""

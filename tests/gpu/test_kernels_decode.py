@@ -1,4 +1,4 @@
-"""The cases of tests/kernels/test_triton_decode.py and test_strides.py on a CUDA device, without the interpreter."""
+"""The cases of tests/kernels/test_triton_decode.py, test_triton_adam.py and test_strides.py on a CUDA device."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.kernels import test_strides as strides
+from tests.kernels import test_triton_adam as adam
 from tests.kernels import test_triton_decode as cases
 
 pytestmark = [
@@ -16,5 +17,5 @@ pytestmark = [
 # The fixtures, one of which applies to every test, and the tests.
 _short_segments = cases._short_segments
 backend = strides.backend
-for module in (cases, strides):
+for module in (cases, strides, adam):
     globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})

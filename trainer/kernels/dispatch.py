@@ -152,6 +152,20 @@ class FusedAdamRows(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
+class DenseAdam(Protocol):
+    """Signature of `trainer.kernels.gpu.dense_adam.dense_adam`."""
+
+    def __call__(
+        self,
+        parameter: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        gradient: Tensor,
+        hyper: fused_adam_rows.AdamHyper,
+        divisor: float,
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One backend: its name and its ops."""
@@ -223,6 +237,15 @@ def kernels(backend: str = "auto", device: torch.device | str = "cpu", dtype: to
 def choose(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
     """As `kernels`, with the reason."""
     return _choose(str(backend), torch.device(device).type, dtype)
+
+
+def dense_adam(backend: Kernels) -> DenseAdam | None:
+    """The backend's own update of a whole table from its gradient; None: torch's is as fast there."""
+    if backend.name != "triton":
+        return None
+    from trainer.kernels.gpu.dense_adam import dense_adam as update
+
+    return update
 
 
 def words_of(choice: Choice, operands: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.kernels.build_csc import FeatureIndex
 from trainer.kernels.row_sums import add_row_sums
+from trainer.kernels.sparse_backward import entry_dots
 from trainer.kernels.strides import check_written
 
 # Entries of a gradient block: 16 MiB of fp32.
@@ -70,10 +71,8 @@ def fused_adam_rows(
 def _dots(tokens_BC: Tensor, rows_fC: Tensor, tokens_N: Tensor, offsets: Tensor) -> Tensor:
     """(n): tokens[token] . row[feature] of feature-major entries, without an (n, C) temporary."""
     features_N = torch.arange(rows_fC.shape[0], device=rows_fC.device).repeat_interleave(offsets.diff())
-    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_fC.to(tokens_BC.dtype), tokens_BC.contiguous(), tokens_N, offsets[:-1], features_N, 0
-    )
-    return dots_N.to(rows_fC.dtype)
+    rows_fC, dtype = rows_fC.to(tokens_BC.dtype), rows_fC.dtype
+    return entry_dots(rows_fC, tokens_BC.contiguous(), tokens_N, offsets, features_N).to(dtype)
 
 
 def _adam(parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: AdamHyper) -> Tensor:

@@ -57,14 +57,21 @@ def value_gradients(
     grad, rows_FC = grad_BC.to(compute_dtype), rows_FC.to(compute_dtype)
     if grad.device.type == "cpu" and compute_dtype in {torch.float32, torch.float64}:
         return _sampled_products(grad, rows_FC, offsets, feature_ids_N)
-    if grad.device.type == "cuda" and compute_dtype == torch.bfloat16:
-        # The op below exists on CUDA for other dtypes only.
-        grad, rows_FC = grad.float(), rows_FC.float()
-    # What autograd of embedding_bag calls; sampled products exist neither in 16 bit nor on every device. On CUDA it
-    # reads integers as if they lay side by side.
-    codes = (feature_ids_N.contiguous(), offsets[:-1].contiguous(), tokens_N.contiguous())
-    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, rows_FC, *codes, 0)
-    return dots_N.to(grad_BC.dtype)
+    return entry_dots(grad, rows_FC, feature_ids_N, offsets, tokens_N).to(grad_BC.dtype)
+
+
+def entry_dots(left_RC: Tensor, right_SC: Tensor, right_ids_N: Tensor, offsets: Tensor, left_ids_N: Tensor) -> Tensor:
+    """(N) left[left id] . right[right id] of entries in order of their left ids, which `offsets` (R+1) cuts.
+
+    What autograd of embedding_bag calls; sampled products exist neither in 16 bit nor on every device.
+    """
+    if left_RC.device.type == "cuda" and left_RC.dtype == torch.bfloat16:
+        # There for other dtypes only.
+        left_RC, right_SC = left_RC.float(), right_SC.float()
+    # On CUDA it reads integers as if they lay side by side.
+    codes = (right_ids_N.contiguous(), offsets[:-1].contiguous(), left_ids_N.contiguous())
+    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(left_RC, right_SC, *codes, 0)
+    return dots_N
 
 
 def _sampled_products(grad_BC: Tensor, rows_FC: Tensor, offsets: Tensor, feature_ids_N: Tensor) -> Tensor:

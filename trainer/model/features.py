@@ -76,9 +76,11 @@ class LayerCodes:
 
     def fired(self) -> Tensor:
         """(F) bool: active on at least one token."""
-        fired_F = torch.zeros(self.n_features, dtype=torch.bool, device=self.offsets.device)
+        # One more place, for what is not active: a list of the others would have an unknown length, and the host wait.
+        fired_F = torch.zeros(self.n_features + 1, dtype=torch.bool, device=self.offsets.device)
+        ids_N = torch.where(self.values.detach() > 0, self.feature_ids, self.n_features)
         # Not by indexing, which sorts the indices on CUDA where algorithms are to be deterministic.
-        return fired_F.index_fill_(0, self.feature_ids[self.values.detach() > 0], True)
+        return fired_F.index_fill_(0, ids_N, True)[:-1]
 
     def counts(self) -> Tensor:
         """(F) int64: number of tokens on which each feature is active."""

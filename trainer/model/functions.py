@@ -44,7 +44,7 @@ class EncodeValues(Function):
         ctx.weight, ctx.codes, ctx.bandwidth, ctx.runtime = weight_FD, codes, bandwidth, runtime
         if log_threshold_F is None:
             ctx.save_for_backward(x_BD)
-            return pre_N.clone(), pre_N.new_tensor(float(pre_N.numel()))
+            return pre_N.clone(), pre_N.new_full((), pre_N.numel())
         theta_N = log_threshold_F.exp()[codes.feature_ids]
         active_N = ~(pre_N <= theta_N)
         band_N = (pre_N - theta_N).abs() < bandwidth / 2
@@ -110,7 +110,7 @@ class DecodeInto(Function):
         runtime: Runtime = ctx.runtime
         codes: LayerCodes = ctx.codes
         values_N, x_BD = ctx.saved_tensors
-        grad_BC, dots = columns(grad_BTD, ctx.targets), ctx.needs_input_grad[1]
+        grad_BC, dots = columns(runtime.gathered(grad_BTD), ctx.targets), ctx.needs_input_grad[1]
         grad_W = None
         if ctx.needs_input_grad[2] and runtime.fused.takes(ctx.weight):
             grad_N = runtime.fused.update(
@@ -132,6 +132,9 @@ class DecodeInto(Function):
                 dots=dots,
             )
             grad_W = None if runtime.buffers.enabled else out
+        if ctx.targets.start == 0:
+            # Of the layers, the first one's turn comes last.
+            runtime.forget_gathered()
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         return grad_BTD, grad_N, grad_W, grad_b, grad_skip, None, None, None, None
 

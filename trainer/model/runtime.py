@@ -116,6 +116,20 @@ class Runtime:
     buffers: GradientBuffers
     fused: FusedUpdates
     compute_dtype: torch.dtype = torch.float32
+    _rounded: tuple[Tensor, Tensor] | None = None
+
+    def gathered(self, grad_BTD: Tensor) -> Tensor:
+        """The gradient of y as the layers' backward passes gather it: one rounded copy for all of them on `triton`,
+        which would round the columns of each layer anew; elsewhere itself."""
+        if self.kernels.name != "triton" or self.compute_dtype != torch.bfloat16:
+            return grad_BTD
+        if self._rounded is None or self._rounded[0] is not grad_BTD:
+            self._rounded = grad_BTD, grad_BTD.to(self.compute_dtype)
+        return self._rounded[1]
+
+    def forget_gathered(self) -> None:
+        """Lets go of the copy."""
+        self._rounded = None
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from activation_store.batch import ActivationBatch
 from trainer.config import RunConfig
+from trainer.kernels.dispatch import dense_adam
 from trainer.loss import LossOutput, StepContext
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.optimizer import NamedAdam
@@ -30,7 +31,9 @@ class PlainEngine:
         self._partitions, self._partitioning = model.partitions(), model.collectives.partitioning
         self.parameters = dict(model.named_parameters())
         self._split = [name for name in self.parameters if is_split(self._partitions[name], self._partitioning)]
-        self.optimizer = NamedAdam(self.parameters, config.optim, seed=config.model.seed)
+        self.optimizer = NamedAdam(
+            self.parameters, config.optim, seed=config.model.seed, dense_adam=dense_adam(model.kernels)
+        )
         self._fused = config.optim.fused_update
         if self._fused:
             self.optimizer.register_fused(model.fused_updates)

@@ -72,7 +72,7 @@ def fused_adam_rows(
         tokens_BC.stride(0),
         sorted_N.numel(),
         *sizes,
-        *_constants(hyper),
+        *constants(hyper),
         DOTS=dots,
         ROUND_ROWS=rounds(rows_FC, tokens_BC.dtype),
         **constexprs,
@@ -85,17 +85,29 @@ def fused_adam_rows(
         index.offsets,
         plan.block_features_E,
         *sizes,
-        *_constants(hyper),
+        *constants(hyper),
         **constexprs,
     )
     return squares.sum(dtype=torch.float64), sum_dots(plan, index, weights_N.dtype)
 
 
-def _constants(hyper: AdamHyper) -> tuple[float, ...]:
+def constants(hyper: AdamHyper) -> tuple[float, ...]:
     """What the kernels take, each rounded to float32 once (1 - beta would lose digits there)."""
     step_size = hyper.lr / hyper.bias_correction1
     decays = (hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2)
     return *decays, hyper.eps, step_size, hyper.bias_correction2**0.5
+
+
+@triton.jit
+def moved(
+    parameter, first, second, gradient,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction2,
+):  # fmt: skip
+    """Parameter and moments after Adam's update."""
+    first = beta1 * first + one_minus_beta1 * gradient
+    second = beta2 * second + one_minus_beta2 * gradient * gradient
+    parameter -= step_size * first / (tl.sqrt(second) / root_correction2 + eps)
+    return parameter, first, second
 
 
 @triton.jit
@@ -108,9 +120,10 @@ def _update(
     first = tl.load(exp_avgs, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     second = tl.load(exp_avg_sqs, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     parameter = tl.load(parameters, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    first = beta1 * first + one_minus_beta1 * gradient
-    second = beta2 * second + one_minus_beta2 * gradient * gradient
-    parameter -= step_size * first / (tl.sqrt(second) / root_correction2 + eps)
+    parameter, first, second = moved(
+        parameter, first, second, gradient,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction2,
+    )  # fmt: skip
     tl.store(exp_avgs, first, mask=inside, eviction_policy="evict_first")
     tl.store(exp_avg_sqs, second, mask=inside, eviction_policy="evict_first")
     tl.store(parameters, parameter, mask=inside, eviction_policy="evict_first")

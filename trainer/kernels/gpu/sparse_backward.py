@@ -64,7 +64,7 @@ def decoder_backward(
         out_FC = rows_FC if out_FC is None else out_FC
         weights_N = values_N[index.order_N].to(compute_dtype)
         _sum_rows(plan, index, out_FC, rows_FC, table, weights_N, mode, (round_table, rounds(rows_FC, compute_dtype)))
-    return sum_dots(plan, index, grad_BC.dtype)
+    return sum_dots(plan, index, torch.promote_types(grad_BC.dtype, values_N.dtype))
 
 
 def row_gradients(
