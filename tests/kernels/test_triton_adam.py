@@ -1,4 +1,4 @@
-"""Triton's Adam of whole tables against torch's in float64, by itself and in the optimizer; interpreted without CUDA."""
+"""Triton's Adam of whole tables against torch's in float64, alone and in the optimizer; without CUDA interpreted."""
 
 import pytest
 import torch
