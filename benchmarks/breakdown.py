@@ -145,30 +145,43 @@ def _dtype(mode: Mode) -> torch.dtype:
 
 
 def _encoder_seconds(mode: Mode, shape: Shape, batch: ActivationBatch) -> float:
-    """Seconds of all layers' pre-activations as plain torch makes them, with bias and conversions."""
+    """Seconds of all layers' pre-activations as plain torch makes them, with bias and conversions; on CUDA, where the
+    selection adds the bias, of their products."""
     x_BD, device = batch.mlp_in[:, 0], batch.mlp_in.device
+    if device.type == "cuda":
+        return _product_floor(mode, shape, batch)
     weight_FD, bias_F = torch.randn(shape.n_features, shape.d_model, device=device), x_BD.new_zeros(shape.n_features)
     once = typical_seconds(lambda: pre_activations(x_BD, weight_FD, bias_F, _dtype(mode)), device, calls=3)
     return shape.n_layers * once
 
 
+def _product_floor(mode: Mode, shape: Shape, batch: ActivationBatch) -> float:
+    """Seconds of all layers' torch.mm into a kept buffer."""
+    x_BD = batch.mlp_in[:, 0].to(_dtype(mode))
+    weight_FD = torch.randn(shape.n_features, shape.d_model, device=x_BD.device).to(x_BD.dtype)
+    return shape.n_layers * product_seconds(x_BD, weight_FD)
+
+
 def _floors(mode: Mode, shape: Shape, batch: ActivationBatch) -> dict[str, float]:
     """Seconds that each part takes at the least. Entries: K per token and layer."""
     n_layers, d_model, n_features, n_tokens, k = shape
-    x_BD = batch.mlp_in[:, 0].to(_dtype(mode))
-    product = n_layers * product_seconds(x_BD, torch.randn(n_features, d_model, device=x_BD.device).to(x_BD.dtype))
-    rate = stream_rate(x_BD.device)
+    product, rate = _product_floor(mode, shape, batch), stream_rate(batch.mlp_in.device)
     entries, spans = n_tokens * k, n_layers * (n_layers + 1) // 2
-    # Values gathered, of rows of all targets and of encoder rows; parameters of each kind. Four bytes each.
+    # Values gathered, of rows of all targets and of encoder rows; parameters of each kind. In units of four bytes.
     gathered_C, gathered_D = entries * spans * d_model, entries * n_layers * d_model
     decoder, encoder = n_features * spans * d_model, n_features * n_layers * d_model
     # Rows that are active at all, at most once each.
     touched = min(decoder, gathered_C)
+    # With products in bf16 half the bytes are gathered, from a rounded copy that is made first: four bytes read, two
+    # written.
+    copied = 0.0
+    if mode.bf16:
+        gathered_C, gathered_D, copied = gathered_C / 2, gathered_D / 2, 1.5 * touched
     values = {
         # Ids and tokens in, order, tokens and offsets out: eight bytes, twice four.
         "index": n_layers * (2 * (2 * entries) + 2 * (2 * entries) + 2 * n_features),
         # Active rows, and the output twice.
-        "decode": gathered_C + 2 * n_tokens * spans * d_model,
+        "decode": copied + gathered_C + 2 * n_tokens * spans * d_model,
     }
     if mode.fused:
         # The gradient of the output and inputs by entry; parameter and moments in and out.

@@ -127,7 +127,9 @@ def test_live(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
     from launch.main import main
     from tests.job import tiny_words, working_in
 
-    words = [*tiny_words(tiny_llama, tiny_text), "device=cuda", "source=live", "source.statistics_tokens=600"]
+    # A small ring: it is half full before the first batch.
+    live = ["source=live", "source.statistics_tokens=600", "source.ring_bytes=400_000"]
+    words = [*tiny_words(tiny_llama, tiny_text), "device=cuda", *live]
     with working_in(tmp_path):
         assert main(["train", *words]) == 0
 
