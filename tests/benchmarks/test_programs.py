@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoints, jumprelu_bandwidth, kernels, scaling, step
+from benchmarks import checkpoints, jumprelu_bandwidth, kernel_times, kernels, scaling, step
 from tests.store.making import manifest, random_rows, write_store
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.model.spec import ModelSpec
@@ -93,3 +93,24 @@ def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "in the background",
     ]
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["step_00000002"]
+
+
+def test_kernel_times_of_a_trace() -> None:
+    """Kernels that follow one another with a gap, two at once, and what is none of the device's."""
+    spans = [("a", 10.0, 5.0), ("b", 20.0, 10.0), ("a", 22.0, 3.0), ("c", 31.0, 1.0)]
+    events = [{"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": dur} for name, start, dur in spans]
+    others = [
+        {"ph": "X", "cat": "cpu_op", "name": "host", "ts": 0.0, "dur": 99.0},
+        {"ph": "s", "cat": "kernel", "name": "arrow", "ts": 0.0},
+    ]
+    found = kernel_times.read_trace({"traceEvents": [*others, *reversed(events)]})
+    assert found == kernel_times.Profile({"b": (10.0, 1), "a": (8.0, 2), "c": (1.0, 1)}, span=22.0, idle=6.0)
+    assert list(found.kernels) == ["b", "a", "c"]
+    assert "| `a` | 0.01 | 2 |" in kernel_times.profile_table(found)
+    with pytest.raises(SystemExit, match="saw no kernel"):
+        kernel_times.read_trace({"traceEvents": others})
+
+
+def test_kernel_times_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="wants a CUDA device"):
+        run(kernel_times, monkeypatch, "--device", "cpu")
