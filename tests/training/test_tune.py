@@ -44,6 +44,7 @@ def words_of(run: RunConfig, **more: str) -> list[str]:
         "train.batch_size_tokens": "96",
         "kernels.backend": "reference",
         "launch.threads": "1",
+        "device": "cpu",
         **more,
     }
     return [f"{key}={value}" for key, value in words.items()]
