@@ -128,7 +128,7 @@ def test_parts_are_loaded_into_other_parts_and_read_by_rows(in_parts: Path, tmp_
 def test_parts_that_do_not_cover_a_tensor_once_are_refused(tmp_path: Path) -> None:
     twice = [Piece(torch.zeros(2), (3,), (0,)), Piece(torch.zeros(2), (3,), (1,))]
     # As torch 2.13 says it, and as 2.11 does.
-    with pytest.raises(ValueError, match="overlapping|validate global plan"):
+    with pytest.raises(ValueError, match=r"overlapping|validate global plan"):
         Checkpointer(tmp_path).save(1, model={"a": twice}, optimizer={}, state={})
     assert not (tmp_path / "checkpoints").exists()
 
