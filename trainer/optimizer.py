@@ -120,7 +120,8 @@ class NamedAdam:
     def _step_scaled(self, divisor: float) -> None:
         device = next(iter(self.parameters.values())).device
         # torch's own interface between GradScaler and fused optimizers.
-        self._adam.grad_scale = torch.tensor(divisor, device=device)  # type: ignore[attr-defined]
+        # Filled there: a copy from the host would wait for the tables' updates.
+        self._adam.grad_scale = torch.full((), divisor, device=device)  # type: ignore[attr-defined]
         self._adam.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         try:
             self._stepper.step()

@@ -1,4 +1,4 @@
-"""The whole job on a CUDA device: every verb, every activation and precision, killed and continued.
+"""The whole job on a CUDA device: harvest to publish, every activation and precision, broken off and continued.
 
 Needs the package's own dependencies too, unlike the other files here: without them it is skipped.
 """
@@ -51,12 +51,10 @@ def run_on(device: str, store: "RunConfig", folder: Path, overrides: dict[str, A
 
 
 def overrides_of(name: str) -> dict[str, Any]:
-    """Of an activation, or of TopK with an option."""
-    if name in OPTIONS:
-        return OPTIONS[name]
+    """Of an activation, or of TopK with an option; sparse, which so small layers would not be by themselves on CUDA."""
     from tests.training import runs
 
-    return runs.ACTIVATIONS[name]
+    return {"kernels.dense_above_density": 1.0, **OPTIONS.get(name, runs.ACTIVATIONS.get(name, {}))}
 
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *OPTIONS])
@@ -103,14 +101,14 @@ def test_killed_and_resumed_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_verb(tiny_llama: Path, tiny_text: Path, tmp_path: Path, device: str) -> None:
+def test_from_harvest_to_publish(tiny_llama: Path, tiny_text: Path, tmp_path: Path, device: str) -> None:
     """harvest, train, evaluate and publish; what was trained here is read anywhere."""
     from activation_store.store import ActivationStore
     from launch.main import main
     from tests.job import tiny_words, working_in
     from trainer.model.clt import CrossLayerTranscoder
 
-    words = [*tiny_words(tiny_llama, tiny_text), f"device={device}"]
+    words = [*tiny_words(tiny_llama, tiny_text), f"device={device}", "kernels.dense_above_density=1"]
     with working_in(tmp_path):
         assert main(["harvest", *words]) == 0
         assert main(["train", *words]) == 0
@@ -129,7 +127,7 @@ def test_live(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
 
     # A small ring: it is half full before the first batch.
     live = ["source=live", "source.statistics_tokens=600", "source.ring_bytes=400_000"]
-    words = [*tiny_words(tiny_llama, tiny_text), "device=cuda", *live]
+    words = [*tiny_words(tiny_llama, tiny_text), "device=cuda", "kernels.dense_above_density=1", *live]
     with working_in(tmp_path):
         assert main(["train", *words]) == 0
 

@@ -8,6 +8,7 @@ from tests.kernels.sparse_cases import DEVICE, assert_near
 
 pytest.importorskip("triton")
 
+from benchmarks.steps import MODES, Shape, build_step, random_batch
 from trainer.config import OptimConfig
 from trainer.kernels.fused_adam_rows import AdamHyper
 from trainer.kernels.gpu.dense_adam import dense_adam
@@ -93,3 +94,21 @@ def test_the_optimizer_updates_tables_by_it_and_all_else_by_torch(divisor: float
         assert torch.equal(later.parameters[name], ours.parameters[name])
     for name, wanted in torchs.tensors().items():
         torch.testing.assert_close(ours.tensors()[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_step_on_triton_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every layer both tables; a fused update leaves it nothing."""
+    sizes: list[int] = []
+
+    def counted(parameter: Tensor, *rest: Tensor | AdamHyper | float) -> None:
+        sizes.append(parameter.numel())
+        dense_adam(parameter, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("trainer.kernels.gpu.dense_adam.dense_adam", counted)
+    # Half a percent active: sparse on any device.
+    shape = Shape(2, 8, 200, 6, 1)
+    batch = random_batch(shape, torch.device(DEVICE))
+    build_step(MODES["triton"], shape, batch)()
+    assert sizes == [200 * 8, 200 * 2 * 8, 200 * 8, 200 * 8]
+    build_step(MODES["triton fused"], shape, batch)()
+    assert len(sizes) == 4

@@ -3,6 +3,9 @@
 In the interpreter a kernel's own casts to bfloat16 truncate: with bf16 products the tolerance is two such roundings.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ from torch import Tensor
 from tests.kernels.sparse_cases import DEVICE
 from tests.model.cases import all_losses, context, kill, make_model
 from trainer.config import KernelsConfig
+from trainer.kernels.encode_topk import Selection
 from trainer.loss import LossOutput, compute_loss
+from trainer.model.runtime import Runtime
 
 pytest.importorskip("triton")
 
@@ -40,6 +45,46 @@ def on(
         output = compute_loss(model, x.to(DEVICE), y.to(DEVICE), context(model), activation=config, kernels=kernels)
     output.total.backward()
     return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dense_layer", [None, 0, 2])
+@pytest.mark.parametrize("auxk", [0.0, 0.1])
+def test_the_gradient_is_rounded_once_for_all_layers(
+    monkeypatch: pytest.MonkeyPatch, auxk: float, dense_layer: int | None
+) -> None:
+    """Once for the loss and once for AuxK, whose dead features are not in layer 0; nothing is kept."""
+    model, x, y = make_model(n_tokens=7, dtype=torch.float32, n_features=23, k=3, **CASES[0])
+    kill(model)
+    model.tokens_since_active_LF[0] = 0
+    model.backend = "triton"
+    model.to(DEVICE)
+    config = replace(all_losses(model)[0], auxk_coefficient=auxk)
+    given, real, runtimes = [], Runtime.gathered, []
+
+    def gathered(self: Runtime, grad_BTD: Tensor) -> Tensor:
+        runtimes.append(self)
+        given.append((grad_BTD, real(self, grad_BTD)))
+        return given[-1][1]
+
+    monkeypatch.setattr(Runtime, "gathered", gathered)
+    if dense_layer is not None:
+        layer = model.source_layers[dense_layer]
+        monkeypatch.setattr(layer, "select_topk", partial(_all_of, layer.select_topk))
+    kernels = KernelsConfig(dense_above_density=0.5)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        output = compute_loss(model, x.to(DEVICE), y.to(DEVICE), context(model), activation=config, kernels=kernels)
+    output.total.backward()
+    assert len({id(grad_BTD) for grad_BTD, _ in given}) == len({id(copy) for _, copy in given}) == (2 if auxk else 1)
+    assert all(torch.equal(copy, grad_BTD.bfloat16()) for grad_BTD, copy in given)
+    # Layer 0 takes its turn last, where it is in the pass: AuxK's copy goes when the loss' comes.
+    assert all(runtime._rounded is None for runtime in runtimes)
+
+
+def _all_of(
+    select: Callable[..., Selection], x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime
+) -> Selection:
+    """Many more than k: above the density that goes dense."""
+    return select(x_BD, 23, norm_F, runtime)
 
 
 # Of the two dense paths, and of the two ways to select, one each: the interpreter takes seconds for some.

@@ -93,6 +93,7 @@ class DenseLayer(Function):
         runtime: Runtime = ctx.runtime
         dtype = runtime.compute_dtype
         grad_BC = columns(grad_BTD, ctx.targets).to(dtype)
+        runtime.done_with_gradient(ctx.targets)
         rows_FC = ctx.weight.detach().flatten(1)
         grad_W_dec, accumulate = gradient_target(ctx.weight, runtime)
         grad_W_enc, grad_b_enc = empty_gradient(W_enc), torch.empty_like(b_enc)

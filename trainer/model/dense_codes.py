@@ -73,6 +73,7 @@ class DenseCodes(Function):
         runtime: Runtime = ctx.runtime
         dtype = runtime.compute_dtype
         grad_BC = columns(grad_BTD, ctx.targets).to(dtype)
+        runtime.done_with_gradient(ctx.targets)
         rows_FC = ctx.weight.detach().flatten(1).to(dtype)
         grad_W_dec, accumulate = gradient_target(ctx.weight, runtime)
         grad_W_enc, grad_b_enc = empty_gradient(W_enc).zero_(), empty_gradient(b_enc).zero_()
@@ -126,6 +127,7 @@ class DenseDecode(Function):
         codes: LayerCodes = ctx.codes
         dtype = ctx.runtime.compute_dtype
         grad_BC = columns(grad_BTD, ctx.targets).to(dtype)
+        ctx.runtime.done_with_gradient(ctx.targets)
         rows_FC = ctx.weight.detach().flatten(1).to(dtype)
         grad_W_dec, accumulate = gradient_target(ctx.weight, ctx.runtime)
         grad_N = torch.empty_like(codes.values)

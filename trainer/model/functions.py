@@ -132,9 +132,7 @@ class DecodeInto(Function):
                 dots=dots,
             )
             grad_W = None if runtime.buffers.enabled else out
-        if ctx.targets.start == 0:
-            # Of the layers, the first one's turn comes last.
-            runtime.forget_gathered()
+        runtime.done_with_gradient(ctx.targets)
         grad_b, grad_skip = bias_and_skip_gradients(grad_BTD[:, ctx.targets.start], ctx, x_BD)
         return grad_BTD, grad_N, grad_W, grad_b, grad_skip, None, None, None, None
 

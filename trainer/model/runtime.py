@@ -124,12 +124,15 @@ class Runtime:
         if self.kernels.name != "triton" or self.compute_dtype != torch.bfloat16:
             return grad_BTD
         if self._rounded is None or self._rounded[0] is not grad_BTD:
+            # The old copy goes before the new one comes.
+            self._rounded = None
             self._rounded = grad_BTD, grad_BTD.to(self.compute_dtype)
         return self._rounded[1]
 
-    def forget_gathered(self) -> None:
-        """Lets go of the copy."""
-        self._rounded = None
+    def done_with_gradient(self, targets: range) -> None:
+        """A layer's backward pass has what it needs of the gradient; the first layer's turn comes last."""
+        if targets.start == 0:
+            self._rounded = None
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:

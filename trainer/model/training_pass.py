@@ -131,7 +131,7 @@ class _Decoder:
             )
         elif layer.count is None:
             y_BTD = source.dense_codes_into(y_BTD, layer.codes, x_BD, runtime, bias=self._bias)
-            count, fired_F = y_BTD.new_tensor(float(layer.codes.values.numel())), layer.codes.fired()
+            count, fired_F = y_BTD.new_full((), layer.codes.values.numel()), layer.codes.fired()
         else:
             count = layer.count
             if norm_F is not None:

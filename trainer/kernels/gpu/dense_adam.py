@@ -3,6 +3,7 @@
 torch's fused Adam writes the gradient back too where it divides it, as clipping asks. Needs float32 throughout.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,10 @@ def dense_adam(
     parameter: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: AdamHyper, divisor: float
 ) -> None:
     """Update in place with gradient / divisor. All float32, contiguous, of one shape."""
+    for tensor in (parameter, exp_avg, exp_avg_sq, gradient):
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert tensor.shape == parameter.shape
     n = parameter.numel()
     run(
         _dense_adam,
