@@ -191,7 +191,7 @@ def gradient_squares(
     parameters: Mapping[str, nn.Parameter], used_up: Sequence[Tensor] = (), *, device: torch.device | None = None
 ) -> Tensor:
     """The sum of squares of all gradients, 0-dim float64. used_up: sums of those that are gone already; device: where
-    the zero of no gradients is to be.
+    the zero of no gradients is to be, by default with the parameters.
 
     Rows of the last dim are summed in float32 and the rows in float64: one pass at full speed, and exact to about
     1e-7, where a float32 sum over a whole tensor of 10^7 entries is off by some 1e-3.
@@ -201,4 +201,6 @@ def gradient_squares(
         for parameter in parameters.values()
         if parameter.grad is not None
     ] + list(used_up)
+    if device is None:
+        device = next((parameter.device for parameter in parameters.values()), None)
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
