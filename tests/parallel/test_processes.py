@@ -45,8 +45,9 @@ def _threads() -> int:
 
 def _uses_a_mesh() -> int:
     with open_mesh(ParallelConfig(data=2), torch.device("cpu")) as mesh:
-        dist.all_reduce(torch.ones(1), group=mesh.data.group)
-        dist.new_group(backend="gloo")
+        # All ranks meet in each group, as runs do: else one may end it while another is still connecting to it.
+        for group in (mesh.data.group, dist.new_group(backend="gloo")):
+            dist.all_reduce(torch.ones(1), group=group)
         return _threads()
 
 
