@@ -10,6 +10,7 @@ from tests.kernels.encode_cases import NO_FLOOR, Encoder, encoder
 from trainer.kernels import batch_threshold as reference_batch
 from trainer.kernels import encode_jumprelu as reference_jumprelu
 from trainer.kernels import encode_topk as reference_topk
+from trainer.kernels.gpu import products
 from trainer.kernels.gpu.batch_threshold import encode_candidates
 from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
 from trainer.kernels.gpu.encode_topk import encode_topk
@@ -23,8 +24,16 @@ pytestmark = [
 small_blocks = cases.small_blocks
 globals().update({name: value for name, value in vars(cases).items() if name.startswith("test_")})
 
-# Two blocks of tokens and a smaller third one at F = 32,768 in bfloat16.
+# Two blocks of tokens and a smaller third one at F = 32,768 in bfloat16, where memory allows no larger ones.
 B, F, D, K = 9001, 32768, 256, 32
+SMALLEST_BLOCK = 384 * 2**20
+
+
+@pytest.fixture(params=["blocks of this device", "smallest blocks"])
+def both_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as large as this device's memory allows, and as on a small one."""
+    if request.param == "smallest blocks":
+        monkeypatch.setattr(products, "block_bytes", lambda device: SMALLEST_BLOCK)
 
 
 @pytest.fixture(scope="module", params=cases.PRECISIONS, ids=["fp32", "bf16", "bf16 parameters"])
@@ -34,6 +43,7 @@ def large(request: pytest.FixtureRequest) -> Encoder:
     return encoder(B, F, D, compute=compute, parameters=parameters)
 
 
+@pytest.mark.usefixtures("both_blocks")
 def test_large_topk(large: Encoder) -> None:
     wanted = reference_topk.encode_topk(*large.operands, K, None, large.compute)
     for _ in range(2):
@@ -41,6 +51,7 @@ def test_large_topk(large: Encoder) -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
+@pytest.mark.usefixtures("both_blocks")
 def test_large_candidates(large: Encoder) -> None:
     wanted = reference_batch.encode_candidates(*large.operands, K * B, NO_FLOOR, None, large.compute)
     for _ in range(2):
@@ -48,6 +59,7 @@ def test_large_candidates(large: Encoder) -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
+@pytest.mark.usefixtures("both_blocks")
 def test_large_jumprelu(large: Encoder) -> None:
     theta_F = torch.full((F,), 90.0, device="cuda", dtype=large.bias_F.dtype)
     for bandwidth in (0.0, 1.5):
@@ -58,8 +70,9 @@ def test_large_jumprelu(large: Encoder) -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
-def test_no_tensor_of_all_pre_activations() -> None:
+def test_no_tensor_of_all_pre_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory of a selection stays below half of what the pre-activations of four blocks need."""
+    monkeypatch.setattr(products, "block_bytes", lambda device: SMALLEST_BLOCK)
     case = encoder(4 * 4096, F, 64, compute=torch.bfloat16)
     case.pre_BF = case.pre_BF[:0]
     torch.cuda.empty_cache()

@@ -69,7 +69,7 @@ def test_the_gradient_is_rounded_once_for_all_layers(
     monkeypatch.setattr(Runtime, "gathered", gathered)
     if dense_layer is not None:
         layer = model.source_layers[dense_layer]
-        monkeypatch.setattr(layer, "select_topk", partial(_all_of, layer.select_topk))
+        monkeypatch.setattr(layer, "begin_topk", partial(_all_of, layer.begin_topk))
     kernels = KernelsConfig(dense_above_density=0.5)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = compute_loss(model, x.to(DEVICE), y.to(DEVICE), context(model), activation=config, kernels=kernels)
@@ -81,10 +81,10 @@ def test_the_gradient_is_rounded_once_for_all_layers(
 
 
 def _all_of(
-    select: Callable[..., Selection], x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime
-) -> Selection:
+    begin: Callable[..., Callable[[], Selection]], x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime
+) -> Callable[[], Selection]:
     """Many more than k: above the density that goes dense."""
-    return select(x_BD, 23, norm_F, runtime)
+    return begin(x_BD, 23, norm_F, runtime)
 
 
 # Of the two dense paths, and of the two ways to select, one each: the interpreter takes seconds for some.

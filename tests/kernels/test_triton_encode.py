@@ -3,6 +3,7 @@
 Without CUDA they run in Triton's interpreter; tests/gpu runs the same functions on a device.
 """
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -48,15 +49,16 @@ PRECISIONS = [(F32, F32), (F32, BF16), (BF16, BF16)]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens a block, and searches that do not fit registers."""
-    monkeypatch.setattr(products, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(groups, "_LIST_BLOCK", 16)
+    monkeypatch.setattr(products, "block_bytes", lambda device: 4096)
+    for module in (groups, topk):
+        monkeypatch.setattr(module, "LIST_BLOCK", 16)
     monkeypatch.setattr(topk, "_MIN_BEST_BLOCK", 16)
     monkeypatch.setattr(topk, "_MAX_BEST_BLOCK", 16)
 
 
-def with_nan(case: Encoder, *features: int) -> Encoder:
+def with_nan(case: Encoder, *features: int, nan: float = float("nan")) -> Encoder:
     for feature in features:
-        case.bias_F[feature] = case.pre_BF[:, feature] = float("nan")
+        case.bias_F[feature] = case.pre_BF[:, feature] = nan
     return case
 
 
@@ -120,14 +122,27 @@ def test_topk_of_nothing() -> None:
     assert_topk(encode_topk(*empty.operands, 5, None, F32), empty, 5)
 
 
-def test_nan_is_the_largest() -> None:
-    """A broken bias, and a broken norm, in every selection; infinity comes next."""
-    case = with_nan(encoder(4, 90), 17, 80)
+@pytest.mark.usefixtures("small_blocks")
+def test_topk_of_two_layers_at_once() -> None:
+    """Both queued before the first is waited for; few entries of the second are positive."""
+    cases = [encoder(13, 150), encoder(11, 150)]
+    cases[1].bias_F.sub_(5)
+    cases[1].pre_BF.sub_(5)
+    begun = [topk.begin_topk(*case.operands, 20, None, F32) for case in cases]
+    for result, case in zip(begun, cases, strict=True):
+        assert_topk(result(), case, 20)
+
+
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_nan_is_the_largest(nan: float) -> None:
+    """A broken bias, and a broken norm, in every selection; infinity comes next. A processor's own NaN has a sign."""
+    case = with_nan(encoder(4, 90), 17, 80, nan=nan)
+    assert bool(case.bias_F[17].signbit()) == (math.copysign(1, nan) < 0)
     case.bias_F[33] = case.pre_BF[:, 33] = float("inf")
     assert_topk(encode_topk(*case.operands, 3, None, F32), case, 3)
     assert_candidates(encode_candidates(*case.operands, 10, NO_FLOOR, None, F32), case, 10)
     norm_F = norms(90)
-    norm_F[41] = float("nan")
+    norm_F[41] = nan
     assert_topk(encode_topk(*case.operands, 5, norm_F, F32), case, 5, norm_F)
     found = encode_jumprelu(*case.operands, 1e9, 0.0, F32)
     assert found is not None
@@ -321,9 +336,9 @@ def test_offsets_beyond_32_bits() -> None:
 def test_blocks_of_tokens() -> None:
     """Equal, within the limit, of whole tiles of the matrix product; a row above the limit is a block."""
     for n_tokens, row_bytes in [(16384, 92_000), (1000, 10), (300, 2**21), (5, 2**30), (0, 1), (129, 2**22)]:
-        tokens = products.block_tokens(n_tokens, row_bytes)
+        tokens = products.block_tokens(n_tokens, row_bytes, torch.device(DEVICE))
         assert tokens >= 1
-        assert tokens * row_bytes <= max(products.BLOCK_BYTES, row_bytes)
+        assert tokens * row_bytes <= max(products.block_bytes(torch.device(DEVICE)), row_bytes)
         assert tokens >= n_tokens or tokens < 128 or tokens % 128 == 0
 
 

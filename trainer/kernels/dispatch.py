@@ -38,6 +38,20 @@ class EncodeTopk(Protocol):
     ) -> encode_topk.Selection: ...
 
 
+class BeginTopk(Protocol):
+    """Signature of `trainer.kernels.gpu.encode_topk.begin_topk`."""
+
+    def __call__(
+        self,
+        x_BD: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor,
+        k: int,
+        norm_F: Tensor | None,
+        compute_dtype: torch.dtype,
+    ) -> Callable[[], encode_topk.Selection]: ...
+
+
 class EncodeJumprelu(Protocol):
     """Signature of `trainer.kernels.encode_jumprelu.encode_jumprelu`."""
 
@@ -246,6 +260,15 @@ def dense_adam(backend: Kernels) -> DenseAdam | None:
     from trainer.kernels.gpu.dense_adam import dense_adam as update
 
     return update
+
+
+def begin_topk(backend: Kernels) -> BeginTopk | None:
+    """encode_topk in two parts, where a device works while the host prepares more: queue all, then wait; else None."""
+    if backend.name != "triton":
+        return None
+    from trainer.kernels.gpu.encode_topk import begin_topk as begin
+
+    return begin
 
 
 def words_of(choice: Choice, operands: torch.dtype) -> str:

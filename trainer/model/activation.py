@@ -15,7 +15,9 @@ Legend: B tokens, L layers, F features, K = k * L entries of a token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +30,45 @@ from trainer.model.collectives import Collectives
 from trainer.model.layer import SourceLayer
 from trainer.model.runtime import Runtime
 
+T = TypeVar("T")
 
-def select_layer(
+
+def one_ahead(begun: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results in order, each asked for when the next one has been begun: while a GPU works on that, the host waits
+    for the sizes of the one before.
+    """
+    previous: Callable[[], T] | None = None
+    for result in begun:
+        if previous is not None:
+            yield previous()
+        previous = result
+    if previous is not None:
+        yield previous()
+
+
+def begin_layer(
+    kind: str,
+    layer: SourceLayer,
+    x_BD: Tensor,
+    k: int,
+    norm_F: Tensor | None,
+    max_density: float,
+    runtime: Runtime,
+    running_threshold: Tensor,
+    collectives: Collectives,
+) -> Callable[[], Selection | None]:
+    """Selection within one layer by the rule `kind`; None: relu or jumprelu with a share above `max_density`.
+
+    What a GPU can do before the host knows the size of a result is begun; calling what it returns does the rest.
+    running_threshold: of batchtopk, 0-dim; where the selection spans devices, they look above it first.
+    """
+    if kind == "topk":
+        begun = layer.begin_topk(x_BD, min(k, layer.n_features), norm_F, runtime)
+        return lambda: cut_to_best(begun(), norm_F, k, layer.n_features, collectives)
+    return partial(_select_layer, kind, layer, x_BD, k, norm_F, max_density, runtime, running_threshold, collectives)
+
+
+def _select_layer(
     kind: str,
     layer: SourceLayer,
     x_BD: Tensor,
@@ -40,13 +79,7 @@ def select_layer(
     running_threshold: Tensor,
     collectives: Collectives,
 ) -> Selection | None:
-    """Selection within one layer by the rule `kind`; None: relu or jumprelu with a share above `max_density`.
-
-    running_threshold: of batchtopk, 0-dim; where the selection spans devices, they look above it first.
-    """
-    if kind == "topk":
-        found = layer.select_topk(x_BD, min(k, layer.n_features), norm_F, runtime)
-        return cut_to_best(found, norm_F, k, layer.n_features, collectives)
+    """The whole of begin_layer for kinds other than topk."""
     if kind == "batchtopk":
         alone = collectives.partitioning.size * collectives.data_size == 1
         hint = math.nan if alone else float(running_threshold)
@@ -166,9 +199,9 @@ def _topk_over_layers(
     scores_BK = x_BLD.new_zeros(n_tokens, 0)
     values_BK, places_BK = scores_BK, torch.zeros(n_tokens, 0, dtype=torch.int64, device=x_BLD.device)
     n_features = layers[0].n_features
-    for s, layer in enumerate(layers):
-        found = layer.select_topk(x_BLD[:, s], min(k_total, n_features), norms[s], runtime)
-        width = min(k_total, n_features)
+    width = min(k_total, n_features)
+    begun = (layer.begin_topk(x_BLD[:, s], width, norms[s], runtime) for s, layer in enumerate(layers))
+    for s, found in enumerate(one_ahead(begun)):
         scores_N = found.values if norms[s] is None else found.values * norms[s][found.feature_ids]  # type: ignore[index]
         # Columns stay in order of (layer, feature), so that the tie rule of topk_rows is that of the contract.
         scores_BK = torch.cat([scores_BK, _padded(found, scores_N, width, float("-inf"))], dim=1)

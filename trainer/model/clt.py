@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainer.kernels.dispatch import Kernels, check_name, kernels
 from trainer.kernels.encode_topk import Selection
-from trainer.model.activation import select_all_layers, select_layer
+from trainer.model.activation import begin_layer, one_ahead, select_all_layers
 from trainer.model.collectives import Collectives, IdentityCollectives, Partition, exchanged
 from trainer.model.features import LayerCodes, SparseFeatures
 from trainer.model.initialise import initialise_layer, set_density
@@ -372,8 +372,8 @@ class CrossLayerTranscoder(nn.Module):
                 kind, self.source_layers, x_BLD, k, norms, runtime, threshold, self.collectives
             )
             return
-        for s, layer in enumerate(self.source_layers):
-            yield select_layer(
+        yield from one_ahead(
+            begin_layer(
                 kind,
                 layer,
                 x_BLD[:, s],
@@ -384,6 +384,8 @@ class CrossLayerTranscoder(nn.Module):
                 self.running_threshold_L[s],
                 self.collectives,
             )
+            for s, layer in enumerate(self.source_layers)
+        )
 
     @contextmanager
     def running(self) -> Iterator[Runtime]:

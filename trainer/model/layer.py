@@ -5,11 +5,13 @@ Legend: B tokens, D d_model, F features, T target layers, s (span) targets of th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.kernels import dispatch
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.collectives import Collectives, Partition, Partitioning
@@ -84,6 +86,15 @@ class SourceLayer(nn.Module):
     def select_topk(self, x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime) -> Selection:
         """The k best features of each token."""
         found: Selection = self(runtime.kernels.encode_topk, x_BD, _W_ENC, _B_ENC, k, norm_F, runtime.compute_dtype)
+        return found
+
+    @torch.no_grad()
+    def begin_topk(self, x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime) -> Callable[[], Selection]:
+        """select_topk in two parts: what a GPU can do meanwhile is queued now; the result waits for it."""
+        begin = dispatch.begin_topk(runtime.kernels)
+        if begin is None:
+            return partial(self.select_topk, x_BD, k, norm_F, runtime)
+        found: Callable[[], Selection] = self(begin, x_BD, _W_ENC, _B_ENC, k, norm_F, runtime.compute_dtype)
         return found
 
     @torch.no_grad()

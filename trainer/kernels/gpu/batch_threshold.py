@@ -3,8 +3,8 @@
     floor      the n-th largest of what was found so far, or of the first blocks' group marks (a lower bound of it)
     per block  group marks (the whole product, once), then the groups that reach the floor: counted, written in order
 
-Found entries are cut to the n best whenever there are more than 2 n. The host waits once a block and once a cut, for
-sizes.
+Found entries are cut to the n best whenever there are more than 2 n. The host waits once a block, for the size of what
+was found; one block holds all tokens where memory allows.
 
 Legend: B tokens, D d_model, F features, N candidates.
 """
@@ -31,7 +31,7 @@ from trainer.kernels.gpu.groups import (
     scratch_bytes,
 )
 from trainer.kernels.gpu.launch import has_kernel
-from trainer.kernels.gpu.nth_largest import MARK_BITS, Reduce, alone, largest, marks_from_scores, nth_largest
+from trainer.kernels.gpu.nth_largest import Reduce, alone, bound_of_nth, largest, marks_from_scores
 from trainer.kernels.gpu.products import Block, block_tokens, has_encoder, token_blocks
 
 
@@ -52,8 +52,8 @@ def encode_candidates(
         return reference.encode_candidates(x_BD, weight_FD, bias_F, n, floor, norm_F, compute_dtype)
     n_tokens, n_features = x_BD.shape[0], bias_F.numel()
     rule = Rule(kind=PLAIN) if norm_F is None else Rule(kind=NORM, aux_F=norm_F.contiguous())
-    size = _group_size(n_tokens, n_features, n, compute_dtype)
-    tokens = block_tokens(n_tokens, _row_bytes(n_features, size, compute_dtype))
+    size = _group_size(n_tokens, n_features, n, compute_dtype, x_BD.device)
+    tokens = block_tokens(n_tokens, _row_bytes(n_features, size, compute_dtype), x_BD.device)
     groups = new_groups(tokens, n_features, size, x_BD.device)
     best = _Best(n, floor, x_BD.device)
     for block in token_blocks(x_BD, weight_FD, bias_F, compute_dtype, tokens):
@@ -93,26 +93,23 @@ class _Best:
 
     def bound(self, marks_RG: Tensor) -> Tensor:
         """(1) int32: the floor for a block. Ties with it stay in: they are cut by position."""
-        if self.found.places.numel() >= self.n or marks_RG.numel() < self.n or self.n == 0:
-            return self.floor
-        nth, _ = nth_largest(marks_RG.reshape(-1), self.n, MARK_BITS)
-        return torch.maximum(self.floor, nth.int())
+        if self.n and self.found.places.numel() >= self.n:
+            self.floor = torch.maximum(self.floor, bound_of_nth(marks_from_scores(self.found.scores), self.n))
+        elif self.n and marks_RG.numel() >= self.n:
+            self.floor = torch.maximum(self.floor, bound_of_nth(marks_RG.reshape(-1), self.n))
+        return self.floor
 
     def add(self, entries: Entries) -> None:
         """Entries of the next block, in order."""
         parts = zip(self.found, entries, strict=True)
         self.found = Entries(*(torch.cat(pair) if pair[0].numel() else pair[1] for pair in parts))
-        count = self.found.places.numel()
-        if count > 2 * self.n:
+        if self.found.places.numel() > 2 * self.n:
             self.cut()
-        if count >= self.n > 0:
-            nth, _ = nth_largest(marks_from_scores(self.found.scores), self.n, MARK_BITS)
-            self.floor = torch.maximum(self.floor, nth.int())
 
     def cut(self) -> Entries:
         """Keep the n best."""
         if self.found.places.numel() > self.n:
-            kept = largest(marks_from_scores(self.found.scores), self.n).nonzero()[:, 0]
+            kept = largest(marks_from_scores(self.found.scores), self.n).nonzero_static(size=self.n)[:, 0]
             self.found = Entries(*(part[kept] for part in self.found))
         return self.found
 
@@ -129,9 +126,9 @@ def _row_bytes(n_features: int, size: int, compute_dtype: torch.dtype) -> int:
     return n_features * compute_dtype.itemsize + scratch_bytes(n_features, size)
 
 
-def _group_size(n_tokens: int, n_features: int, n: int, compute_dtype: torch.dtype) -> int:
+def _group_size(n_tokens: int, n_features: int, n: int, compute_dtype: torch.dtype, device: torch.device) -> int:
     """Such that one block has groups enough for a bound on the n-th largest of all."""
-    tokens = block_tokens(n_tokens, _row_bytes(n_features, 1, compute_dtype))
+    tokens = block_tokens(n_tokens, _row_bytes(n_features, 1, compute_dtype), device)
     return group_size(tokens * n_features, n)
 
 

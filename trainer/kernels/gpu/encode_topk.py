@@ -1,14 +1,17 @@
-"""encode_topk in Triton: a block's product by cuBLAS, then three passes that read little but the first.
+"""encode_topk in Triton: a block's product by cuBLAS, then two passes of which the second reads little.
 
     group marks            the whole product, once            (groups.py)
-    bound and groups       the marks: 1/32 of its bytes       (groups.py)
-    candidates             about 1.1 k groups of a token, and of these what reaches the bound, in order of features
-    best of a token        the k best candidates; ties: the first
+    best of a token        its marks: 1/32 of its bytes; then about 1.1 k groups, and of these what reaches the bound of
+                           the k-th mark, in order of features; of such candidates the k best (ties: the first)
 
-The host waits once a call, to learn whether all tokens have k entries.
+The host waits once a call, to learn whether all tokens have k entries. `begin_topk` queues all that comes before, so
+that the next layer's work can be queued before that wait too.
 
 Legend: B tokens, R tokens of a block, D d_model, F features, C candidates of a token, N selected entries.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -21,6 +24,7 @@ from trainer.kernels.encode_topk import Selection
 from trainer.kernels.gpu.compile import CompileCase
 from trainer.kernels.gpu.entries import TILE, listed_tile
 from trainer.kernels.gpu.groups import (
+    LIST_BLOCK,
     NORM,
     PLAIN,
     Groups,
@@ -28,13 +32,14 @@ from trainer.kernels.gpu.groups import (
     bound_of_kth,
     group_size,
     kernel_case,
-    list_best_groups,
+    listed_groups,
     mark_groups,
     new_groups,
     operands,
     pre_of,
     scratch_bytes,
 )
+from trainer.kernels.gpu.later import Later
 from trainer.kernels.gpu.launch import run
 from trainer.kernels.gpu.products import Block, block_tokens, has_encoder, token_blocks
 
@@ -48,15 +53,23 @@ def encode_topk(
     x_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, norm_F: Tensor | None, compute_dtype: torch.dtype
 ) -> Selection:
     """The k best entries of every token, compared in float32. norm_F is not negative. float64: the reference."""
+    return begin_topk(x_BD, weight_FD, bias_F, k, norm_F, compute_dtype)()
+
+
+def begin_topk(
+    x_BD: Tensor, weight_FD: Tensor, bias_F: Tensor, k: int, norm_F: Tensor | None, compute_dtype: torch.dtype
+) -> Callable[[], Selection]:
+    """Queues the work of encode_topk; what it returns waits for that, and gives the result."""
     if not has_encoder(weight_FD, bias_F, compute_dtype):
-        return reference.encode_topk(x_BD, weight_FD, bias_F, k, norm_F, compute_dtype)
+        found = reference.encode_topk(x_BD, weight_FD, bias_F, k, norm_F, compute_dtype)
+        return lambda: found
     n_tokens, n_features = x_BD.shape[0], bias_F.numel()
     k = min(k, n_features)
     rule = Rule(kind=PLAIN) if norm_F is None else Rule(kind=NORM, aux_F=norm_F.contiguous())
     size = group_size(n_features, k)
-    width = _candidates(n_features, k, size)
+    width = _room(n_features, k, size)
     row_bytes = n_features * compute_dtype.itemsize + scratch_bytes(n_features, size) + 8 * width
-    tokens = block_tokens(n_tokens, row_bytes)
+    tokens = block_tokens(n_tokens, row_bytes, x_BD.device)
     groups = new_groups(tokens, n_features, size, x_BD.device)
     scratch_RC = torch.empty(2, tokens, width, dtype=torch.int32, device=x_BD.device)
     ids_BK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_BD.device)
@@ -66,10 +79,11 @@ def encode_topk(
         mark_groups(block, rule, groups)
         span = slice(block.first, block.first + block.n_tokens)
         _select(block, rule, groups, k, scratch_RC, (ids_BK[span], values_BK[span], counts_B[span]))
-    return _packed(ids_BK, values_BK.to(bias_F.dtype), counts_B)
+    offsets = functional.pad(counts_B.cumsum(0, dtype=torch.int64), (1, 0))
+    return partial(_packed, ids_BK, values_BK.to(bias_F.dtype), counts_B, offsets, Later(offsets[-1]))
 
 
-def _candidates(n_features: int, k: int, size: int) -> int:
+def _room(n_features: int, k: int, size: int) -> int:
     """C: of a token, at most. Above its bound lie k groups, and of what equals the bound k entries are enough."""
     return min(n_features, k * size + k)
 
@@ -79,45 +93,27 @@ def _select(
 ) -> None:
     """ids, values and counts of the tokens of a block whose groups are marked."""
     n_tokens, n_features = block.product_RF.shape
-    bounds, found = torch.empty(2, n_tokens, dtype=torch.int32, device=block.product_RF.device)
-    list_best_groups(groups, bounds, n_tokens, k)
-    stride, bias = block.product_RF.stride(0), block.bias_F is not None
-    read = (*operands(block, rule), n_features)
-    run(
-        _candidates_of_token,
-        (n_tokens,),
-        found,
-        *scratch_RC,
-        found,
-        bounds,
-        groups.listed,
-        groups.n_listed,
-        *read,
-        groups.listed.shape[1],
-        stride,
-        scratch_RC.shape[2],
-        k,
-        BIAS=bias,
-        RULE=rule.kind,
-        GROUP=groups.size,
-        TILE=TILE,
-    )
     size = min(max(triton.next_power_of_2(2 * k), _MIN_BEST_BLOCK), _MAX_BEST_BLOCK)
-    product, bias_F = read[:2]
     run(
-        _best_of_token,
+        _select_of_token,
         (n_tokens,),
-        found,
+        block.product_RF,
         *out,
         *scratch_RC,
-        found,
-        product,
-        bias_F,
-        stride,
+        groups.listed,
+        groups.marks,
+        *operands(block, rule),
+        n_features,
+        groups.listed.shape[1],
+        block.product_RF.stride(0),
         scratch_RC.shape[2],
         k,
-        BIAS=bias,
-        BLOCK=size,
+        BIAS=block.bias_F is not None,
+        RULE=rule.kind,
+        GROUP=groups.size,
+        LIST=LIST_BLOCK,
+        TILE=TILE,
+        BEST=size,
         num_warps=_best_warps(size),
     )
 
@@ -126,35 +122,53 @@ def _best_warps(size: int) -> int:
     return max(size // _BEST_OF_A_WARP, 1)
 
 
-def _packed(ids_BK: Tensor, values_BK: Tensor, counts_B: Tensor) -> Selection:
-    """The first counts_B entries of every row."""
-    offsets = functional.pad(counts_B.cumsum(0, dtype=torch.int64), (1, 0))
-    ids, values = ids_BK.view(-1), values_BK.view(-1)
-    if int(offsets[-1]) == ids.numel():
+def _packed(ids_BK: Tensor, values_BK: Tensor, counts_B: Tensor, offsets: Tensor, total: Later) -> Selection:
+    """The first counts_B entries of every row, `total` in all."""
+    ids, values, n = ids_BK.view(-1), values_BK.view(-1), int(total)
+    if n == ids.numel():
         return Selection(offsets, ids, values)
     filled_BK = torch.arange(ids_BK.shape[1], device=ids.device) < counts_B[:, None]
-    places = filled_BK.view(-1).nonzero()[:, 0]
+    places = filled_BK.view(-1).nonzero_static(size=n)[:, 0]
     return Selection(offsets, ids[places], values[places])
 
 
 @triton.jit
-def _candidates_of_token(
-    marks, ids, found_of, bounds, listed, n_listed, product, bias, aux, low,
+def _select_of_token(
+    out_ids, out_values, counts, marks, ids, listed, group_marks, product, bias, aux, low,
     n_columns, n_groups, stride, width, k,
-    BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr,
+    LIST: tl.constexpr, TILE: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
-    """Program: one token. Entries above its bound, and the first k equal to it."""
+    """Program: one token. What a phase writes for the next one stays in the caches: no other program reads it."""
     row = tl.program_id(0).to(tl.int64)
+    group_marks += row * n_groups
     listed += row * n_groups
     product += row * stride
     marks += row * width
     ids += row * width
-    n = tl.load(n_listed + row)
-    bound = tl.load(bounds + row)
+    bound = tl.maximum(bound_of_kth(group_marks, n_groups, k, LIST), 1)
+    n_listed = listed_groups(listed, group_marks, n_groups, bound, LIST)
+    tl.debug_barrier()
+    found = _candidates(
+        marks, ids, listed, n_listed, bound, product, bias, aux, low, n_columns, k, BIAS, RULE, GROUP, TILE
+    )
+    tl.debug_barrier()
+    _best(out_ids + row * k, out_values + row * k, marks, ids, found, product, bias, k, BIAS, BEST)
+    tl.store(counts + row, tl.minimum(found, k))
+
+
+@triton.jit
+def _candidates(
+    marks, ids, listed, n_listed, bound, product, bias, aux, low, n_columns, k,
+    BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes a token's entries above its bound, and the first k equal to it, in order of features; their number."""
     found = 0
     ties = 0
-    for start in range(0, n, TILE // GROUP):
-        cols, _, _, mark = listed_tile(listed, n, start, product, bias, aux, low, n_columns, BIAS, RULE, GROUP, TILE)
+    for start in range(0, n_listed, TILE // GROUP):
+        cols, _, _, mark = listed_tile(
+            listed, n_listed, start, product, bias, aux, low, n_columns, BIAS, RULE, GROUP, TILE
+        )
         tie = (mark == bound).to(tl.int32)
         early = (tie > 0) & (ties + tl.cumsum(tie, axis=0) <= k)
         kept = (mark > bound) | early
@@ -163,27 +177,19 @@ def _candidates_of_token(
         tl.store(ids + slots, cols, mask=kept)
         found += tl.sum(kept.to(tl.int32), axis=0)
         ties += tl.sum(tie, axis=0)
-    tl.store(found_of + row, found)
+    return found
 
 
 @triton.jit
-def _best_of_token(
-    out_ids, out_values, counts, marks, ids, found_of, product, bias, stride, width, k,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program: one token. The candidates above the bound of the k-th, and the first that equal it, up to k in all."""
-    row = tl.program_id(0).to(tl.int64)
-    product += row * stride
-    marks += row * width
-    ids += row * width
-    n = tl.load(found_of + row)
+def _best(out_ids, out_values, marks, ids, n, product, bias, k, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the candidates above the bound of the k-th, and the first that equal it, up to k in all."""
     bound = bound_of_kth(marks, n, k, BLOCK)
     above = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         places = start + tl.arange(0, BLOCK)
         above += (tl.load(marks + places, mask=places < n, other=0) > bound).to(tl.int32)
     missing = k - tl.sum(above, axis=0)
-    done = row * k
+    done = 0
     for start in range(0, n, BLOCK):
         places = start + tl.arange(0, BLOCK)
         inside = places < n
@@ -197,32 +203,30 @@ def _best_of_token(
         tl.store(out_values + slots, pre_of(product, bias, col, col, kept, BIAS), mask=kept)
         missing -= tl.sum(tie, axis=0)
         done += tl.sum(kept.to(tl.int32), axis=0)
-    tl.store(counts + row, tl.minimum(n, k))
 
 
-_SCRATCH = {"marks": "*i32", "ids": "*i32", "found_of": "*i32", "width": "i32:16", "k": "i32"}
-
-
-def _candidates_case(name: str, *, product: str, bias: bool, rule: int) -> CompileCase:
-    types = _SCRATCH | {"bounds": "*i32", "listed": "*i32", "n_listed": "*i32", "n_groups": "i32:16"}
+def _select_case(name: str, *, product: str, bias: bool, rule: int, best: int) -> CompileCase:
+    types = {"out_ids": "*i64", "out_values": "*fp32", "counts": "*i32", "marks": "*i32", "ids": "*i32"}
+    types |= {"listed": "*i32", "group_marks": "*i32", "n_groups": "i32:16", "width": "i32:16", "k": "i32"}
     return kernel_case(
-        name, _candidates_of_token, types, bias=bias, product=product, rule=rule, warps=1, GROUP=64, TILE=TILE
-    )
-
-
-def _best_case(name: str, block: int) -> CompileCase:
-    types = _SCRATCH | {"out_ids": "*i64", "out_values": "*fp32", "counts": "*i32", "product": "*bf16"}
-    types |= {"bias": "*fp32", "stride": "i32:16"}
-    constants = {"BIAS": True, "BLOCK": block}
-    return CompileCase(
-        name=name, kernel=_best_of_token, signature=types, constexprs=constants, num_warps=_best_warps(block)
+        name,
+        _select_of_token,
+        types,
+        bias=bias,
+        product=product,
+        rule=rule,
+        warps=_best_warps(best),
+        GROUP=64,
+        LIST=LIST_BLOCK,
+        TILE=TILE,
+        BEST=best,
     )
 
 
 COMPILE_CASES = [
-    _candidates_case("candidates bf16 and bias", product="*bf16", bias=True, rule=PLAIN),
-    _candidates_case("candidates bf16, bias, norm", product="*bf16", bias=True, rule=NORM),
-    _candidates_case("candidates fp32", product="*fp32", bias=False, rule=PLAIN),
-    _best_case("best of a token, k = 32", 64),
-    _best_case("best of a token, k = 512", 1024),
+    _select_case("best of a token, bf16 and bias", product="*bf16", bias=True, rule=PLAIN, best=64),
+    _select_case("best of a token, bf16", product="*bf16", bias=False, rule=PLAIN, best=64),
+    _select_case("best of a token, bf16, bias, norm", product="*bf16", bias=True, rule=NORM, best=64),
+    _select_case("best of a token, fp32", product="*fp32", bias=False, rule=PLAIN, best=64),
+    _select_case("best of a token, bf16 and bias, k = 512", product="*bf16", bias=True, rule=PLAIN, best=1024),
 ]

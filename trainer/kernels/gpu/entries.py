@@ -17,8 +17,9 @@ from trainer.kernels.gpu.groups import ABOVE, NORM, PLAIN, Groups, Rule, aux_of,
 from trainer.kernels.gpu.launch import run
 from trainer.kernels.gpu.products import Block
 
-# Entries of a tile: 16 a thread of one warp, so eight lines of 128 bytes are on their way at once.
-TILE = 512
+# Entries of a tile: 8 a thread of one warp, so that registers allow 28 programs an SM, each with 4 lines on its way at
+# once (with 512: 16 programs with 8 lines).
+TILE = 256
 
 
 class Entries(NamedTuple):

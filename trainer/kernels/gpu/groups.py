@@ -35,7 +35,7 @@ _GROUPS_PER_ENTRY = 2
 # Tile of the pass over the product: bias and aux (8 bytes a column) are read once for 4 tokens; 32 values a thread.
 _ROWS, _COLUMNS, _MARK_WARPS = 4, 1024, 4
 # Group marks that one warp holds in registers (16 a thread) while it searches for the bound.
-_LIST_BLOCK = 512
+LIST_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,30 +111,39 @@ def mark_groups(block: Block, rule: Rule, groups: Groups) -> Tensor:
     return marks
 
 
-def list_best_groups(groups: Groups, bounds: Tensor, n_tokens: int, k: int) -> None:
-    """Per token: the bound (R) on its k-th largest mark, and the list of the groups that reach it."""
-    _list(groups, bounds, n_tokens, k, search=True)
-
-
 def list_groups(groups: Groups, bound: Tensor, n_tokens: int) -> None:
     """The lists of the groups that reach one bound (1 element)."""
-    _list(groups, bound, n_tokens, 0, search=False)
-
-
-def _list(groups: Groups, bounds: Tensor, n_tokens: int, k: int, *, search: bool) -> None:
     run(
         _list_groups,
         (n_tokens,),
         groups.marks,
         groups.listed,
         groups.n_listed,
-        bounds,
+        bound,
         groups.marks,
         groups.marks.shape[1],
-        k,
-        SEARCH=search,
-        BLOCK=_LIST_BLOCK,
+        BLOCK=LIST_BLOCK,
     )
+
+
+@triton.jit
+def ordered_bits(pre, aux, RULE: tl.constexpr):
+    """Of PLAIN and NORM: integers in the order of the scores; NaN the largest, negative beside pre <= 0.
+
+    Two instructions a value, so that the largest of a group costs few: marks are made of that alone.
+    """
+    score = pre
+    if RULE == 1:
+        # + 0.0: of a norm of -0.0 too the score is a positive zero.
+        score = tl.where(pre <= 0, -1.0, pre * aux + 0.0)
+    is_nan = score != score  # noqa: PLR0124
+    return tl.where(is_nan, _LARGEST - 1, score.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def mark_of_bits(bits, RULE: tl.constexpr):
+    """The mark of an entry (or of the best of some) from its ordered bits; of PLAIN 0.0 is no candidate."""
+    return tl.where((bits > 0) if RULE == 0 else (bits >= 0), bits + 1, 0)
 
 
 @triton.jit
@@ -145,12 +154,7 @@ def marks_of(pre, aux, low, RULE: tl.constexpr):
     elif RULE == 3:
         marks = tl.where(pre - aux <= low, 0, 1)
     else:
-        score = pre
-        if RULE == 1:
-            score = pre * aux
-        bits = tl.maximum(score.to(tl.int32, bitcast=True), 0) + 1
-        is_nan = score != score  # noqa: PLR0124
-        marks = tl.where(pre <= 0, 0, tl.where(is_nan, _LARGEST, bits))
+        marks = mark_of_bits(ordered_bits(pre, aux, RULE), RULE)
     return marks
 
 
@@ -213,31 +217,23 @@ def _mark_groups(
     pre = tl.load(product + rows[:, None] * stride + cols[None, :], mask=inside, other=-1.0).to(tl.float32)
     if BIAS:
         pre += tl.load(bias + cols, mask=cols < n_columns, other=0.0).to(tl.float32)[None, :]
-    if RULE == 0:
-        entries = marks_of(pre, 0.0, low, RULE)
-    else:
-        entries = marks_of(pre, aux_of(aux, cols, cols < n_columns, RULE)[None, :], low, RULE)
-    entries = tl.reshape(entries, [ROWS, COLUMNS // GROUP, GROUP])
+    weight = aux_of(aux, cols, cols < n_columns, RULE)
+    if RULE != 0:
+        weight = weight[None, :]
     groups = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)
     places = marks + rows[:, None] * n_groups + groups[None, :]
     stored = (rows < n_rows)[:, None] & (groups < n_groups)[None, :]
     if RULE < 2:
-        tl.store(places, tl.max(entries, axis=2), mask=stored)
+        bits = tl.reshape(ordered_bits(pre, weight, RULE), [ROWS, COLUMNS // GROUP, GROUP])
+        tl.store(places, mark_of_bits(tl.max(bits, axis=2), RULE), mask=stored)
     else:
+        entries = tl.reshape(marks_of(pre, weight, low, RULE), [ROWS, COLUMNS // GROUP, GROUP])
         tl.store(places, tl.sum(entries, axis=2), mask=stored)
 
 
 @triton.jit
-def _list_groups(listed, n_listed, bounds, marks, n_groups, k, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program: one token."""
-    row = tl.program_id(0).to(tl.int64)
-    marks += row * n_groups
-    listed += row * n_groups
-    if SEARCH:
-        bound = tl.maximum(bound_of_kth(marks, n_groups, k, BLOCK), 1)
-        tl.store(bounds + row, bound)
-    else:
-        bound = tl.load(bounds)
+def listed_groups(listed, marks, n_groups, bound, BLOCK: tl.constexpr):
+    """Writes the groups of one token that reach the bound to `listed`, ascending; their number."""
     found = 0
     for start in range(0, n_groups, BLOCK):
         groups = start + tl.arange(0, BLOCK)
@@ -245,7 +241,15 @@ def _list_groups(listed, n_listed, bounds, marks, n_groups, k, SEARCH: tl.conste
         ranks = tl.cumsum(kept.to(tl.int32), axis=0)
         tl.store(listed + found + ranks - 1, groups, mask=kept)
         found += tl.sum(kept.to(tl.int32), axis=0)
-    tl.store(n_listed + row, found)
+    return found
+
+
+@triton.jit
+def _list_groups(listed, n_listed, bound, marks, n_groups, BLOCK: tl.constexpr):
+    """Program: one token."""
+    row = tl.program_id(0).to(tl.int64)
+    marks += row * n_groups
+    tl.store(n_listed + row, listed_groups(listed + row * n_groups, marks, n_groups, tl.load(bound), BLOCK))
 
 
 def kernel_case(
@@ -276,8 +280,6 @@ def _mark_case(name: str, *, product: str, bias: bool, rule: int) -> CompileCase
     )
 
 
-_LISTS = {"listed": "*i32", "n_listed": "*i32", "bounds": "*i32", "marks": "*i32", "n_groups": "i32:16", "k": "i32"}
-
 COMPILE_CASES = [
     _mark_case("group marks bf16 and bias", product="*bf16", bias=True, rule=PLAIN),
     _mark_case("group marks bf16", product="*bf16", bias=False, rule=PLAIN),
@@ -285,14 +287,11 @@ COMPILE_CASES = [
     _mark_case("group marks bf16, bias, theta", product="*bf16", bias=True, rule=ABOVE),
     _mark_case("group marks bf16, bias, band", product="*bf16", bias=True, rule=BAND),
     _mark_case("group marks fp32", product="*fp32", bias=False, rule=PLAIN),
-    *(
-        CompileCase(
-            name=name,
-            kernel=_list_groups,
-            signature=_LISTS,
-            constexprs={"SEARCH": search, "BLOCK": _LIST_BLOCK},
-            num_warps=1,
-        )
-        for name, search in (("bound and groups of a token", True), ("groups of a token", False))
+    CompileCase(
+        name="groups of a token",
+        kernel=_list_groups,
+        signature={"listed": "*i32", "n_listed": "*i32", "bound": "*i32", "marks": "*i32", "n_groups": "i32:16"},
+        constexprs={"BLOCK": LIST_BLOCK},
+        num_warps=1,
     ),
 ]

@@ -7,15 +7,18 @@ Legend: B tokens, R tokens of a block, D d_model, F features.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from trainer.kernels.gpu.launch import KERNEL_DTYPES, blocks
 
-# Product and scratch of one block: at F = 32,768 in bf16 about 4,000 tokens, 30 waves of tiles of 128 x 256 on 132 SMs.
-# Much smaller blocks leave SMs idle at the end of a product and read the weights more often; larger ones take memory.
-BLOCK_BYTES = 384 * 2**20
+# Product and scratch of one block: this, or where that is more the given part of a GPU's memory (1.5 GiB of 140: 16,384
+# tokens of F = 32,768 in bf16). Every block ends with SMs idle, and where the size of a result is not known before with
+# a wait of the host; larger blocks take memory, though only while nothing else of a step is there.
+_BLOCK_BYTES = 384 * 2**20
+_PART_OF_MEMORY = 96
 # Tokens of a tile of the matrix product.
 _TILE_TOKENS = 128
 
@@ -39,9 +42,17 @@ def has_encoder(weight_FD: Tensor, bias_F: Tensor, compute_dtype: torch.dtype) -
     return all(dtype in KERNEL_DTYPES for dtype in (weight_FD.dtype, bias_F.dtype, compute_dtype))
 
 
-def block_tokens(n_tokens: int, row_bytes: int) -> int:
-    """R: equal blocks of at most BLOCK_BYTES, whole tiles where there is more than one."""
-    n_blocks = blocks(max(n_tokens, 1), max(BLOCK_BYTES // row_bytes, 1))
+@cache
+def block_bytes(device: torch.device) -> int:
+    """Bytes of one block on that device, as they do not depend on what else lies there."""
+    if device.type != "cuda":
+        return _BLOCK_BYTES
+    return max(_BLOCK_BYTES, torch.cuda.get_device_properties(device).total_memory // _PART_OF_MEMORY)
+
+
+def block_tokens(n_tokens: int, row_bytes: int, device: torch.device) -> int:
+    """R: equal blocks of at most `block_bytes`, whole tiles where there is more than one."""
+    n_blocks = blocks(max(n_tokens, 1), max(block_bytes(device) // row_bytes, 1))
     even = blocks(max(n_tokens, 1), n_blocks)
     return even if n_blocks == 1 or even < _TILE_TOKENS else even // _TILE_TOKENS * _TILE_TOKENS
 
