@@ -13,7 +13,7 @@ Legend: B tokens, D d_model, F features, C columns of a decoder row, N entries o
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from statistics import median
 from typing import Any
@@ -24,14 +24,15 @@ from activation_store.batch import ActivationBatch
 from benchmarks.measure import product_seconds, seconds_of, stream_rate, synchronize, table, typical_seconds
 from benchmarks.steps import Mode, Shape, build_step
 from trainer.kernels.dispatch import Kernels
-from trainer.kernels.encode_topk import pre_activations
+from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.parallel.plain import PlainEngine
 
-# Which part each op belongs to. The product is timed by itself and taken from `encode`: what is left is the selection,
-# nothing where a backend encodes faster than torch.
+# Which part each op belongs to. `encode` is timed as a whole, all layers in a row as a step runs them. The product is
+# timed by itself and taken from it: what is left is the selection, nothing where a backend encodes faster than torch.
 OP_PARTS = {
     "encode_topk": "encode",
+    "begin_topk": "encode",
     "encode_jumprelu": "encode",
     "encode_candidates": "encode",
     "batch_threshold": "encode",
@@ -77,9 +78,10 @@ class Clock:
         return call
 
     def timed_kernels(self, kernels: Kernels) -> Kernels:
-        """The backend with every op timed; one that is in no part is an error of this table."""
-        ops = {field.name: getattr(kernels, field.name) for field in fields(kernels)}
-        return replace(kernels, **{name: self.timed(OP_PARTS[name], op) for name, op in ops.items() if name != "name"})
+        """The backend with every op timed, but those of `encode`; one that is in no part is an error of this table."""
+        parts = {field.name: OP_PARTS[field.name] for field in fields(kernels) if field.name != "name"}
+        ops = {name: self.timed(part, getattr(kernels, name)) for name, part in parts.items() if part != "encode"}
+        return replace(kernels, **ops)
 
 
 def breakdown(mode: Mode, shape: Shape, batch: ActivationBatch, *, calls: int) -> dict[str, tuple[float, float]]:
@@ -124,11 +126,15 @@ def breakdown_table(mode: Mode, shape: Shape, batch: ActivationBatch, *, calls: 
 
 def _timed_model(clock: Clock) -> type[CrossLayerTranscoder]:
     class TimedTranscoder(CrossLayerTranscoder):
-        """With timed kernels."""
+        """With timed kernels and selection."""
 
         @property
         def kernels(self) -> Kernels:
             return clock.timed_kernels(super().kernels)
+
+        def select(self, *args: Any, **options: Any) -> Iterator[Selection | None]:
+            select = super().select
+            return iter(clock.timed("encode", lambda: list(select(*args, **options)))())
 
     return TimedTranscoder
 

@@ -17,7 +17,8 @@ SHAPE = LayerShape(41, 10, 127, 30, 7)
 
 
 def test_every_op_of_the_kernels_is_measured() -> None:
-    assert set(OPS) == {field.name for field in fields(Kernels)} - {"name"}
+    # begin_topk is encode_topk in two parts.
+    assert set(OPS) == {field.name for field in fields(Kernels)} - {"name", "begin_topk"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -182,7 +182,9 @@ class DenseAdam(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One backend: its name and its ops."""
+    """One backend: its name and its ops. begin_topk: encode_topk in two parts, where a device works while the host
+    prepares more; None where calling encode_topk is as good.
+    """
 
     name: str
     encode_topk: EncodeTopk
@@ -195,6 +197,7 @@ class Kernels:
     row_gradients: RowGradients
     feature_sums: FeatureSums
     fused_adam_rows: FusedAdamRows
+    begin_topk: BeginTopk | None = None
 
 
 REFERENCE = Kernels(
@@ -260,15 +263,6 @@ def dense_adam(backend: Kernels) -> DenseAdam | None:
     from trainer.kernels.gpu.dense_adam import dense_adam as update
 
     return update
-
-
-def begin_topk(backend: Kernels) -> BeginTopk | None:
-    """encode_topk in two parts, where a device works while the host prepares more: queue all, then wait; else None."""
-    if backend.name != "triton":
-        return None
-    from trainer.kernels.gpu.encode_topk import begin_topk as begin
-
-    return begin
 
 
 def words_of(choice: Choice, operands: torch.dtype) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels import dispatch
 from trainer.kernels.batch_threshold import Candidates
 from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.collectives import Collectives, Partition, Partitioning
@@ -91,7 +90,7 @@ class SourceLayer(nn.Module):
     @torch.no_grad()
     def begin_topk(self, x_BD: Tensor, k: int, norm_F: Tensor | None, runtime: Runtime) -> Callable[[], Selection]:
         """select_topk in two parts: what a GPU can do meanwhile is queued now; the result waits for it."""
-        begin = dispatch.begin_topk(runtime.kernels)
+        begin = runtime.kernels.begin_topk
         if begin is None:
             return partial(self.select_topk, x_BD, k, norm_F, runtime)
         found: Callable[[], Selection] = self(begin, x_BD, _W_ENC, _B_ENC, k, norm_F, runtime.compute_dtype)

@@ -4,7 +4,7 @@ from trainer.kernels.dispatch import Kernels
 from trainer.kernels.gpu.batch_threshold import batch_threshold, encode_candidates
 from trainer.kernels.gpu.build_csc import build_csc
 from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
-from trainer.kernels.gpu.encode_topk import encode_topk
+from trainer.kernels.gpu.encode_topk import begin_topk, encode_topk
 from trainer.kernels.gpu.fused_adam_rows import fused_adam_rows
 from trainer.kernels.gpu.sparse_backward import decoder_backward, feature_sums, row_gradients
 from trainer.kernels.gpu.sparse_decode import sparse_decode
@@ -21,4 +21,5 @@ TRITON = Kernels(
     row_gradients=row_gradients,
     feature_sums=feature_sums,
     fused_adam_rows=fused_adam_rows,
+    begin_topk=begin_topk,
 )
