@@ -32,12 +32,11 @@ from trainer.kernels import build_csc as reference_csc
 from trainer.kernels import encode_jumprelu as reference_jumprelu
 from trainer.kernels import encode_topk as reference_topk
 from trainer.kernels.batch_threshold import Candidates
-from trainer.kernels.gpu import encode_topk as topk
-from trainer.kernels.gpu import groups, products
+from trainer.kernels.gpu import best_of_token, groups, products
 from trainer.kernels.gpu.batch_threshold import batch_threshold, encode_candidates
 from trainer.kernels.gpu.build_csc import build_csc
 from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
-from trainer.kernels.gpu.encode_topk import encode_topk
+from trainer.kernels.gpu.encode_topk import begin_topk, encode_topk
 from trainer.kernels.gpu.entries import write_entries
 from trainer.kernels.gpu.nth_largest import largest, marks_from_scores, nth_largest
 
@@ -50,10 +49,10 @@ PRECISIONS = [(F32, F32), (F32, BF16), (BF16, BF16)]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens a block, and searches that do not fit registers."""
     monkeypatch.setattr(products, "block_bytes", lambda device: 4096)
-    for module in (groups, topk):
+    for module in (groups, best_of_token):
         monkeypatch.setattr(module, "LIST_BLOCK", 16)
-    monkeypatch.setattr(topk, "_MIN_BEST_BLOCK", 16)
-    monkeypatch.setattr(topk, "_MAX_BEST_BLOCK", 16)
+    monkeypatch.setattr(best_of_token, "MIN_BEST_BLOCK", 16)
+    monkeypatch.setattr(best_of_token, "MAX_BEST_BLOCK", 16)
 
 
 def with_nan(case: Encoder, *features: int, nan: float = float("nan")) -> Encoder:
@@ -128,7 +127,7 @@ def test_topk_of_two_layers_at_once() -> None:
     cases = [encoder(13, 150), encoder(11, 150)]
     cases[1].bias_F.sub_(5)
     cases[1].pre_BF.sub_(5)
-    begun = [topk.begin_topk(*case.operands, 20, None, F32) for case in cases]
+    begun = [begin_topk(*case.operands, 20, None, F32) for case in cases]
     for result, case in zip(begun, cases, strict=True):
         assert_topk(result(), case, 20)
 
@@ -320,8 +319,9 @@ def test_offsets_beyond_32_bits() -> None:
     rule, scratch = groups.Rule(kind=groups.PLAIN), groups.new_groups(3, f, 8, product.device)
     groups.mark_groups(block, rule, scratch)
     ids, values = torch.empty(3, 4, dtype=torch.int64, device=DEVICE), torch.empty(3, 4, device=DEVICE)
-    counts, candidates = ids.new_empty(3, dtype=torch.int32), ids.new_empty(2, 3, f, dtype=torch.int32)
-    topk._select(block, rule, scratch, 4, candidates, (ids, values, counts))
+    counts = ids.new_empty(3, dtype=torch.int32)
+    lists = best_of_token.new_scratch(3, f, 8, 4, ids.device)
+    best_of_token.select(block, rule, scratch, 4, lists, (ids, values, counts))
     offsets = torch.tensor([0, 4, 8, 12], device=DEVICE)
     assert_topk(reference_topk.Selection(offsets, ids.flatten(), values.flatten()), case, 4)
     one = torch.ones(1, dtype=torch.int32, device=DEVICE)

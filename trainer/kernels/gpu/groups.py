@@ -177,31 +177,30 @@ def aux_of(aux, cols, inside, RULE: tl.constexpr):
 
 
 @triton.jit
-def bound_of_kth(marks, n, k, BLOCK: tl.constexpr):
+def bound_of_kth(marks, n, k, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """The largest b that at least k of n marks reach, or a smaller one that exactly k reach; 0 where n < k.
 
-    A search by bits, in registers where n <= BLOCK.
+    marks: STEP apart. A bisection between the smallest and the largest, in registers where n <= BLOCK.
     """
-    low = 0
-    bit = 30
-    if n <= BLOCK:
-        places = tl.arange(0, BLOCK)
-        tile = tl.load(marks + places, mask=places < n, other=0)
-        while bit >= 0:
-            trial = low | (1 << bit)
-            reached = tl.sum((tile >= trial).to(tl.int32), axis=0)
-            low = tl.where(reached >= k, trial, low)
-            bit = tl.where(reached == k, -1, bit - 1)
-    else:
-        while bit >= 0:
-            trial = low | (1 << bit)
-            counts = tl.zeros([BLOCK], tl.int32)
-            for start in range(0, n, BLOCK):
-                places = start + tl.arange(0, BLOCK)
-                counts += (tl.load(marks + places, mask=places < n, other=0) >= trial).to(tl.int32)
-            reached = tl.sum(counts, axis=0)
-            low = tl.where(reached >= k, trial, low)
-            bit = tl.where(reached == k, -1, bit - 1)
+    places = tl.arange(0, BLOCK)
+    tile = tl.load(marks + places * STEP, mask=places < n, other=-1)
+    most, least = tile, tl.where(places < n, tile, _LARGEST)
+    for start in range(BLOCK, n, BLOCK):
+        more = tl.load(marks + (start + places) * STEP, mask=start + places < n, other=-1)
+        most = tl.maximum(most, more)
+        least = tl.minimum(least, tl.where(more < 0, _LARGEST, more))
+    low, high = tl.min(least, axis=0), tl.max(most, axis=0)
+    if n < k:
+        low, high = 0, 0
+    while low < high:
+        trial = low + (high - low) // 2 + 1
+        counts = (tile >= trial).to(tl.int32)
+        for start in range(BLOCK, n, BLOCK):
+            more = tl.load(marks + (start + places) * STEP, mask=start + places < n, other=-1)
+            counts += (more >= trial).to(tl.int32)
+        reached = tl.sum(counts, axis=0)
+        high = tl.where(reached < k, trial - 1, tl.where(reached == k, trial, high))
+        low = tl.where(reached < k, low, trial)
     return low
 
 
