@@ -87,11 +87,45 @@ def test_topk_by_norm() -> None:
     assert_topk(encode_topk(*case.operands, 7, norms(300), BF16), case, 7, norms(300))
 
 
-@pytest.mark.parametrize(("shape", "k"), [((5, 64), 64), ((2, 9), 20), ((4, 1), 1), ((3, 200), 150)])
+@pytest.mark.parametrize(
+    ("shape", "k"), [((5, 64), 64), ((2, 9), 20), ((4, 1), 1), ((3, 200), 150), ((5, 24), 4), ((5, 16), 3)]
+)
 def test_topk_of_many(shape: tuple[int, int], k: int) -> None:
-    """k near, at and above the number of features."""
+    """k near, at and above the number of features, and of groups of 8."""
     case = encoder(*shape)
     assert_topk(encode_topk(*case.operands, k, None, F32), case, k)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_topk_where_marks_descend() -> None:
+    """The marks that registers hold are all above those of the k-th group."""
+    case = of_table(torch.arange(64 * 40, 0, -1).expand(2, -1))
+    assert_topk(encode_topk(*case.operands, 20, None, F32), case, 20)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_topk_writes_within_its_lists(ties: bool) -> None:
+    """k groups that are full of the best, or k - 1 of them and ties in all the others: nothing behind the lists changes."""
+    k, size, f = 4, 64, 64 * 20
+    table = torch.ones(1, f)
+    best = torch.arange(1, (k - ties) * size + 1) + 1000.0
+    table[0, 3 * size : 3 * size + best.numel()] = best
+    case, device = of_table(table), torch.device(DEVICE)
+    block = products.Block(first=0, product_RF=table.to(DEVICE), bias_F=None)
+    rule, scratch = groups.Rule(kind=groups.PLAIN), groups.new_groups(1, f, size, device)
+    assert scratch.size == groups.group_size(f, k) == size
+    groups.mark_groups(block, rule, scratch)
+    wide = best_of_token.new_scratch(2, f, size, k, device)
+    wide.candidates.fill_(-7)
+    wide.parts.fill_(-7)
+    lists = best_of_token.Scratch(candidates=wide.candidates[:1], parts=wide.parts[:1])
+    ids, values = torch.empty(1, k, dtype=torch.int64, device=device), torch.empty(1, k, device=device)
+    counts = torch.empty(1, dtype=torch.int32, device=device)
+    best_of_token.select(block, rule, scratch, k, lists, (ids, values, counts))
+    offsets = torch.tensor([0, k], device=device)
+    assert_topk(reference_topk.Selection(offsets, ids.flatten(), values.flatten()), case, k)
+    assert bool((wide.candidates[1] == -7).all())
+    assert bool((wide.parts[1] == -7).all())
 
 
 @pytest.mark.usefixtures("small_blocks")

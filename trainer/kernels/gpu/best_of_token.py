@@ -40,10 +40,10 @@ from trainer.kernels.gpu.products import Block
 
 # Neighbours whose largest mark one thread finds in its registers: one load of 16 bytes in bf16.
 PART = 8
-# Candidates that a program holds in registers while it searches (at most 8 a thread); twice k, since about 1.1 k reach
+# Candidates that a program holds in registers while it searches (at most 4 a thread); twice k, since about 1.1 k reach
 # the bound.
 MIN_BEST_BLOCK, MAX_BEST_BLOCK = 64, 1024
-_BEST_OF_A_WARP = 256
+_BEST_OF_A_WARP = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,8 +169,8 @@ def _listed_parts(
     parts, listed, n_listed, bound, product, bias, aux, n_columns, k,
     BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the parts of the listed groups whose best exceeds the bound, and the first k whose best equals it, ascending;
-    their number. The first k entries that equal the bound lie in these.
+    """Writes the parts of the listed groups whose best exceeds the bound, and the first k whose best equals it: the first
+    k entries that equal it lie in these. In order; their number.
     """
     found = 0
     ties = 0
