@@ -105,11 +105,12 @@ def test_topk_where_marks_descend() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_topk_writes_within_its_lists(ties: bool) -> None:
-    """k groups that are full of the best, or k - 1 of them and ties in all the others: nothing behind the lists changes."""
-    k, size, f = 4, 64, 64 * 20
-    table = torch.ones(1, f)
+    """k groups full of the best, or k - 1 of them and 2 k - 1 ties in others: nothing behind the lists changes."""
+    k, size, f = 20, 64, 64 * 60
+    table = torch.zeros(1, f)
+    table[0, : (3 * k - 2) * size : size] = 1.0
     best = torch.arange(1, (k - ties) * size + 1) + 1000.0
-    table[0, 3 * size : 3 * size + best.numel()] = best
+    table[0, : best.numel()] = best
     case, device = of_table(table), torch.device(DEVICE)
     block = products.Block(first=0, product_RF=table.to(DEVICE), bias_F=None)
     rule, scratch = groups.Rule(kind=groups.PLAIN), groups.new_groups(1, f, size, device)

@@ -169,8 +169,8 @@ def _listed_parts(
     parts, listed, n_listed, bound, product, bias, aux, n_columns, k,
     BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the parts of the listed groups whose best exceeds the bound, and the first k whose best equals it: the first
-    k entries that equal it lie in these. In order; their number.
+    """Writes the parts of the listed groups whose best exceeds the bound, and the first k whose best equals it (the
+    first k entries that equal it lie in these), ascending; their number.
     """
     found = 0
     ties = 0
