@@ -183,8 +183,10 @@ def _smallest(best: Sequence[Candidates]) -> float:
 
 
 def _as_selection(found: Candidates, n_tokens: int, n_features: int) -> Selection:
-    counts_B = torch.bincount(found.positions // n_features, minlength=n_tokens)
-    return Selection(functional.pad(counts_B.cumsum(0), (1, 0)), found.positions % n_features, found.values)
+    # The positions ascend. Counting them (torch.bincount) would make the host wait for a GPU.
+    firsts = torch.arange(n_tokens + 1, device=found.positions.device) * n_features
+    offsets = torch.searchsorted(found.positions, firsts)
+    return Selection(offsets, found.positions % n_features, found.values)
 
 
 def _topk_over_layers(
