@@ -28,8 +28,9 @@ from trainer.kernels.encode_topk import Selection, pre_activations
 from trainer.model.clt import CrossLayerTranscoder
 from trainer.parallel.plain import PlainEngine
 
-# Which part each op belongs to. `encode` is timed as a whole, all layers in a row as a step runs them. The product is
-# timed by itself and taken from it: what is left is the selection, nothing where a backend encodes faster than torch.
+# Which part each op belongs to. `encode` is timed as a whole, all layers in a row as a step runs them on one device,
+# with jumprelu's theta and, where scores count them, decoder norms. The product is timed by itself and taken from it:
+# what is left is the selection, nothing where a backend encodes faster than torch.
 OP_PARTS = {
     "encode_topk": "encode",
     "begin_topk": "encode",

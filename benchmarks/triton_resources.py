@@ -54,6 +54,7 @@ def record(case: CompileCase, arch: int, report: CompileReport) -> dict[str, str
         "registers": report.registers,
         "spills": report.spills,
         "shared_bytes": report.shared_bytes,
+        "barriers": report.barriers,
         "wide_loads": sum("ld.global" in line and ".v4.b32" in line for line in report.ptx.splitlines()),
         "ptx_target": next(line.split()[1] for line in report.ptx.splitlines() if line.startswith(".target")),
     }

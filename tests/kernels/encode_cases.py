@@ -66,8 +66,10 @@ def of_table(pre_BF: Tensor) -> Encoder:
 
 
 def norms(f: int) -> Tensor:
-    """0, 0.5, 1, 1.5, 0, ...: a score of 0 loses against every positive one, but its entry is a candidate."""
-    return (torch.arange(f) % 4 / 2).to(DEVICE, F32)
+    """0, 0.5, 1, 1.5, -0.0, ...: a score of 0 loses against every positive one, but its entry is a candidate."""
+    norm_F = torch.arange(f) % 4 / 2
+    norm_F[4::8] = -0.0
+    return norm_F.to(DEVICE, F32)
 
 
 def scores_of(pre_BF: Tensor, norm_F: Tensor | None) -> Tensor:

@@ -50,6 +50,10 @@ def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
         assert 0 < record["registers"] <= 255, name
     assert sum("odd widths" in name for name in records) >= 15
     for name, record in records.items():
+        # One between the steps of a token, whose lists lie in memory: the interpreter does without.
+        steps = 2 if "groups of 8" in name else 3
+        assert record["barriers"] == (steps if name.startswith("best of a token") else 0), name
+    for name, record in records.items():
         if name.startswith(("decode", "backward", "encoder rows", "fused Adam")):
             odd = "odd widths" in name
             # Rows are gathered 16 bytes a thread, a row of 512 bytes per load of the warp, eight rows at once.

@@ -1,5 +1,6 @@
 """The order of a training pass where codes travel: the exchange of a layer runs while the next ones are encoded."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tests.model.cases import all_losses, context, make_model
 from trainer.config import KernelsConfig
 from trainer.kernels.encode_topk import Selection
 from trainer.loss import compute_loss
+from trainer.model.activation import one_ahead
 from trainer.model.collectives import Exchange, IdentityCollectives
 from trainer.model.features import LayerCodes
 from trainer.model.layer import SourceLayer
@@ -78,3 +80,21 @@ def test_layers_are_encoded_while_codes_travel(spec: dict[str, str], monkeypatch
         assert at[f"send {layer}"] < at[f"encode {layer + 2}"] < at[f"receive {layer}"]
     assert found == expected
     assert all((found_gradients[name] == gradient).all() for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_result_is_asked_for_when_the_next_has_begun(n: int) -> None:
+    events: list[str] = []
+
+    def begin(i: int) -> Callable[[], int]:
+        events.append(f"begin {i}")
+
+        def result() -> int:
+            events.append(f"result {i}")
+            return i
+
+        return result
+
+    assert list(one_ahead(begin(i) for i in range(n))) == list(range(n))
+    expected = ["begin 0", "begin 1", "result 0", "begin 2", "result 1", "result 2"]
+    assert events == {0: [], 1: ["begin 0", "result 0"], 3: expected}[n]

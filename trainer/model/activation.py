@@ -16,7 +16,6 @@ Legend: B tokens, L layers, F features, K = k * L entries of a token.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -65,31 +64,28 @@ def begin_layer(
     if kind == "topk":
         begun = layer.begin_topk(x_BD, min(k, layer.n_features), norm_F, runtime)
         return lambda: cut_to_best(begun(), norm_F, k, layer.n_features, collectives)
-    return partial(_select_layer, kind, layer, x_BD, k, norm_F, max_density, runtime, running_threshold, collectives)
-
-
-def _select_layer(
-    kind: str,
-    layer: SourceLayer,
-    x_BD: Tensor,
-    k: int,
-    norm_F: Tensor | None,
-    max_density: float,
-    runtime: Runtime,
-    running_threshold: Tensor,
-    collectives: Collectives,
-) -> Selection | None:
-    """The whole of begin_layer for kinds other than topk."""
     if kind == "batchtopk":
         alone = collectives.partitioning.size * collectives.data_size == 1
-        hint = math.nan if alone else float(running_threshold)
-        return _batchtopk_over_layers([layer], x_BD[:, None], k, [norm_F], runtime, hint, collectives)[0]
+        return lambda: _batchtopk_over_layers(
+            [layer],
+            x_BD[:, None],
+            k,
+            [norm_F],
+            runtime,
+            math.nan if alone else float(running_threshold),
+            collectives,
+        )[0]
     # A device with more than this many alone has more than the limit of all of them.
-    max_density = min(1.0, max_density * collectives.partitioning.size)
-    if layer.log_threshold is not None:
-        bandwidth = layer.spec.bandwidth if torch.is_grad_enabled() else 0.0
-        return layer.select_above(x_BD, layer.theta(), bandwidth, max_density, runtime)
-    return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
+    most = min(1.0, max_density * collectives.partitioning.size)
+    return lambda: _select_above(layer, x_BD, most, runtime)
+
+
+def _select_above(layer: SourceLayer, x_BD: Tensor, max_density: float, runtime: Runtime) -> Selection | None:
+    """Entries above 0 or theta."""
+    if layer.log_threshold is None:
+        return layer.select_above(x_BD, 0.0, 0.0, max_density, runtime)
+    bandwidth = layer.spec.bandwidth if torch.is_grad_enabled() else 0.0
+    return layer.select_above(x_BD, layer.theta(), bandwidth, max_density, runtime)
 
 
 def cut_to_best(

@@ -358,8 +358,8 @@ class CrossLayerTranscoder(nn.Module):
         self, x_BLD: Tensor, runtime: Runtime, *, k: int | None, max_density: float = 1.0, per_token: bool = False
     ) -> Iterator[Selection | None]:
         """Training rule on scaled inputs, no gradient: per layer what is selected of this device's features, encoded as
-        it is asked for; None where relu or jumprelu certainly exceeds `max_density`, over all features. per_token:
-        batchtopk selects per token, as topk does.
+        it is asked for (topk one layer ahead, on a GPU); None where relu or jumprelu certainly exceeds `max_density`,
+        over all features. per_token: batchtopk selects per token, as topk does.
         """
         kind = "topk" if per_token and self.spec.kind == "batchtopk" else self.spec.kind
         k = self.spec.k if k is None else k

@@ -8,7 +8,7 @@
 Each step writes a list for the next one. Compaction is the dear part (registers -> shared memory -> a scattered store,
 some fifty instructions a value), so that it is done on as few values as possible: for parts on one of PART.
 
-Legend: F features, C candidates of a token.
+Legend: R tokens of a block, F features, C candidates of a token.
 """
 
 from dataclasses import dataclass

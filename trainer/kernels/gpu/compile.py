@@ -43,11 +43,14 @@ class CompileCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileReport:
-    """Per thread: 32-bit registers and bytes spilled to local memory; per program: bytes of shared memory."""
+    """Per thread: 32-bit registers and bytes spilled to local memory; per program: bytes of shared memory, and barriers
+    that the kernel itself asks for.
+    """
 
     registers: int
     spills: int
     shared_bytes: int
+    barriers: int
     ptx: str
 
 
@@ -73,6 +76,7 @@ def compile_for(case: CompileCase, arch: int) -> CompileReport:
         registers=usage["REG"],
         spills=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
+        barriers=len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])),
         ptx=compiled.asm["ptx"],
     )
 

@@ -128,9 +128,8 @@ def list_groups(groups: Groups, bound: Tensor, n_tokens: int) -> None:
 
 @triton.jit
 def ordered_bits(pre, aux, RULE: tl.constexpr):
-    """Of PLAIN and NORM: integers in the order of the scores; NaN the largest, negative beside pre <= 0.
-
-    Two instructions a value, so that the largest of a group costs few: marks are made of that alone.
+    """Of PLAIN and NORM: integers in the order of the scores; NaN the largest; beside pre <= 0 at most 0 (PLAIN) or
+    negative (NORM). Of PLAIN two instructions a value: marks are made of the largest of a group alone.
     """
     score = pre
     if RULE == 1:

@@ -8,7 +8,7 @@ class Later:
     """Begins the copy of an integer tensor with one element; `int()` waits for that copy alone, not for later work."""
 
     def __init__(self, number: Tensor) -> None:
-        self._host = torch.empty(number.shape, dtype=number.dtype, pin_memory=number.is_cuda)
+        self._host = torch.empty(number.shape, dtype=number.dtype, device="cpu", pin_memory=number.is_cuda)
         self._host.copy_(number, non_blocking=True)
         self._event: torch.cuda.Event | None = None
         if number.is_cuda:

@@ -26,8 +26,9 @@ _BLOCK = 4096
 # A program counts this many blocks in its own memory before it adds to the common counters.
 _PROGRAMS = 1024
 MARK_BITS = 31
-# 16 bits remain of a mark: the exponent and 7 bits of the mantissa.
-_LEFT = 2
+# 23 bits remain of a mark: the exponent and 15 bits of the mantissa. With 7, all of a block passed where scores are
+# close to one another.
+_LEFT = 1
 
 # Adds integer counts of all devices; the identity on one.
 Reduce = Callable[[Tensor], Tensor]
@@ -79,7 +80,7 @@ def nth_largest(
 
 
 def bound_of_nth(marks_N: Tensor, n: int) -> Tensor:
-    """A lower bound (0-dim int32) on the n-th largest mark, less than 1% below it, in half the rounds."""
+    """A lower bound (0-dim int32) on the n-th largest mark, by 2**-15 of its score at most, in a round less."""
     leading, _ = nth_largest(marks_N, n, MARK_BITS, leave=_LEFT)
     return (leading << _BITS * _LEFT).int()
 

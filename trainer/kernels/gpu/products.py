@@ -16,7 +16,7 @@ from trainer.kernels.gpu.launch import KERNEL_DTYPES, blocks
 
 # Product and scratch of one block: this, or where that is more the given part of a GPU's memory (1.5 GiB of 140: 16,384
 # tokens of F = 32,768 in bf16). Every block ends with SMs idle, and where the size of a result is not known before with
-# a wait of the host; larger blocks take memory, though only while nothing else of a step is there.
+# a wait of the host; larger blocks take memory, on one device while nothing else of a step is there.
 _BLOCK_BYTES = 384 * 2**20
 _PART_OF_MEMORY = 96
 # Tokens of a tile of the matrix product.
@@ -44,7 +44,7 @@ def has_encoder(weight_FD: Tensor, bias_F: Tensor, compute_dtype: torch.dtype) -
 
 @cache
 def block_bytes(device: torch.device) -> int:
-    """Bytes of one block on that device, as they do not depend on what else lies there."""
+    """Bytes of one block on that device, the same whatever else lies there."""
     if device.type != "cuda":
         return _BLOCK_BYTES
     return max(_BLOCK_BYTES, torch.cuda.get_device_properties(device).total_memory // _PART_OF_MEMORY)
