@@ -38,7 +38,7 @@ from trainer.kernels.gpu.build_csc import build_csc
 from trainer.kernels.gpu.encode_jumprelu import encode_jumprelu
 from trainer.kernels.gpu.encode_topk import encode_topk
 from trainer.kernels.gpu.entries import write_entries
-from trainer.kernels.gpu.nth_largest import largest, marks_from_scores, nth_largest
+from trainer.kernels.gpu.nth_largest import bound_of_nth, largest, marks_from_scores, nth_largest
 
 ODD = (41, 1271, 100)
 # Parameters, product.
@@ -218,6 +218,8 @@ def test_nth_largest(size: int) -> None:
         nth, missing = nth_largest(keys, n, 31)
         assert int(nth) == ordered[n - 1]
         assert int(missing) == n - sum(key > ordered[n - 1] for key in ordered)
+        # A bound that is further below lets whole blocks through where scores are close to one another.
+        assert ordered[n - 1] - 2**8 < int(bound_of_nth(keys, n)) <= ordered[n - 1]
     assert int(nth_largest(keys, 2 * size + 1, 31)[0]) == 0
     assert int(nth_largest(keys[:0], 1, 31)[0]) == 0
 
