@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,24 +22,13 @@ from trainer.kernels import (
     sparse_backward,
     sparse_decode,
 )
+from trainer.kernels.encode_topk import Selection
+
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-class EncodeTopk(Protocol):
-    """Signature of `trainer.kernels.encode_topk.encode_topk`."""
-
-    def __call__(
-        self,
-        x_BD: Tensor,
-        weight_FD: Tensor,
-        bias_F: Tensor,
-        k: int,
-        norm_F: Tensor | None,
-        compute_dtype: torch.dtype,
-    ) -> encode_topk.Selection: ...
-
-
-class BeginTopk(Protocol):
-    """Signature of `trainer.kernels.gpu.encode_topk.begin_topk`."""
+class EncodeTopk(Protocol[Result_co]):
+    """Signature of `trainer.kernels.encode_topk.encode_topk`, and of its first part where it has two."""
 
     def __call__(
         self,
@@ -49,7 +38,7 @@ class BeginTopk(Protocol):
         k: int,
         norm_F: Tensor | None,
         compute_dtype: torch.dtype,
-    ) -> Callable[[], encode_topk.Selection]: ...
+    ) -> Result_co: ...
 
 
 class EncodeJumprelu(Protocol):
@@ -64,7 +53,7 @@ class EncodeJumprelu(Protocol):
         bandwidth: float,
         compute_dtype: torch.dtype,
         max_density: float = 1.0,
-    ) -> encode_topk.Selection | None: ...
+    ) -> Selection | None: ...
 
 
 class EncodeCandidates(Protocol):
@@ -187,7 +176,7 @@ class Kernels:
     """
 
     name: str
-    encode_topk: EncodeTopk
+    encode_topk: EncodeTopk[Selection]
     encode_jumprelu: EncodeJumprelu
     encode_candidates: EncodeCandidates
     batch_threshold: BatchThreshold
@@ -197,7 +186,7 @@ class Kernels:
     row_gradients: RowGradients
     feature_sums: FeatureSums
     fused_adam_rows: FusedAdamRows
-    begin_topk: BeginTopk | None = None
+    begin_topk: EncodeTopk[Callable[[], Selection]] | None = None
 
 
 REFERENCE = Kernels(

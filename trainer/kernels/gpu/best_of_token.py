@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.kernels.gpu.compile import CompileCase
-from trainer.kernels.gpu.entries import TILE, listed_tile
+from trainer.kernels.gpu.entries import TILE, listed_columns, listed_tile
 from trainer.kernels.gpu.groups import (
     LIST_BLOCK,
     NORM,
@@ -175,11 +175,8 @@ def _listed_parts(
     found = 0
     ties = 0
     for start in range(0, n_listed, TILE // GROUP):
-        slots = start + tl.arange(0, TILE // GROUP)
-        groups = tl.load(listed + slots, mask=slots < n_listed, other=0)[:, None]
+        groups, cols, inside = listed_columns(listed, n_listed, start, n_columns, GROUP, TILE)
         part = tl.reshape(groups * (GROUP // PART) + tl.arange(0, GROUP // PART)[None, :], [TILE // PART])
-        cols = groups * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = (slots < n_listed)[:, None] & (cols < n_columns)
         pre = pre_of(product, bias, cols, cols, inside, BIAS)
         bits = tl.reshape(ordered_bits(pre, aux_of(aux, cols, inside, RULE), RULE), [TILE // PART, PART])
         kept, ties = _kept(mark_of_bits(tl.max(bits, axis=1), RULE), bound, ties, k)

@@ -87,6 +87,15 @@ def _launch(
 
 
 @triton.jit
+def listed_columns(listed, n_listed, start, n_columns, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """The listed groups (TILE // GROUP, 1) from number `start` on, their columns (., GROUP), and which exist."""
+    slots = start + tl.arange(0, TILE // GROUP)
+    groups = tl.load(listed + slots, mask=slots < n_listed, other=0)[:, None]
+    cols = groups * GROUP + tl.arange(0, GROUP)[None, :]
+    return groups, cols, (slots < n_listed)[:, None] & (cols < n_columns)
+
+
+@triton.jit
 def listed_tile(
     listed, n_listed, start, product, bias, aux, low, n_columns,
     BIAS: tl.constexpr, RULE: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
@@ -95,10 +104,7 @@ def listed_tile(
 
     Loaded as (groups, GROUP), so that loads are wide, and flattened. Marks beyond the list or the columns are 0.
     """
-    slots = start + tl.arange(0, TILE // GROUP)
-    groups = tl.load(listed + slots, mask=slots < n_listed, other=0)
-    cols = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = (slots < n_listed)[:, None] & (cols < n_columns)
+    _, cols, inside = listed_columns(listed, n_listed, start, n_columns, GROUP, TILE)
     pre = pre_of(product, bias, cols, cols, inside, BIAS)
     weight = aux_of(aux, cols, inside, RULE)
     marks = marks_of(pre, weight, low, RULE)
